@@ -6,7 +6,8 @@ from pathlib import Path
 from diag.registry import instruments
 from diag.testing import check_instrument
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_instrument_in_the_readme_keeps_the_contract(tmp_path, monkeypatch):
@@ -24,4 +25,12 @@ def test_the_readme_names_every_instrument():
 def test_files_that_the_readme_links_to_are_there():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert links
-    assert not [link for link in links if not (Path(__file__).parents[1] / link).exists()]
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_sizes_that_the_readme_states():
+    own = sum(f.stat().st_size for f in (ROOT / "diag").rglob("*") if f.is_file() and f.suffix != ".pyc")
+    stated = re.search(r"diag itself is\s+(\d+)\s+MB", README)
+    assert int(stated[1]) == round(own / 1e6)
+    page = re.search(r"making the page of the demo; [^|]+\| ([\d.]+) MB", README)
+    assert float(page[1]) == round((ROOT / "reports" / "demo" / "report.html").stat().st_size / 1e6, 2)

@@ -163,3 +163,12 @@ def test_a_parameter_that_the_loss_does_not_reach_has_gradients_of_zero():
     torch.testing.assert_close(gradients.norms(), truth_of(model, batch).norm(dim=1), rtol=1e-10, atol=1e-14)
     assert gradients.coverage.methods["spare.weight"] == "no example moves it"
     assert float(gradients.by_layer()["spare"].norms().max()) == 0
+
+
+@pytest.mark.parametrize("slopes", [1, 4])
+def test_slopes_of_a_leaky_unit_have_a_closed_form(slopes):
+    model = nn.Sequential(nn.Linear(5, 4), nn.PReLU(slopes), nn.Linear(4, 3)).double()
+    batch = as_batch((torch.randn(8, 5).double(), torch.arange(8) % 3))
+    gradients = ModelGradients(model, F.cross_entropy, [batch])
+    torch.testing.assert_close(gradients.dense(), truth_of(model, batch), rtol=1e-10, atol=1e-14)
+    assert gradients.coverage.methods["1.weight"] == "prelu"

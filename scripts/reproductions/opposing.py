@@ -238,6 +238,7 @@ CARD = Card(
         "they were set after a look at other windows of the same run. The band of the sharpness is older than how "
         "it is measured: at a fixed step after the edge three of six draws were outside, as the sharpness rises "
         "until the oscillation is large, 80 to 120 steps, and is then thrown back; at an iterate 40 steps after "
-        "that one of four was, 8.9 on one side of the oscillation and 10.6 on the other, 10.1 between them."
+        "that one of four was, 8.9 on one side of the oscillation and 10.6 on the other, 10.1 between them. "
+        "Six draws after that (--reseed 6001 to 6006) lay inside all bands."
     ),
 )

@@ -15,7 +15,7 @@ from diag.connectivity.symmetries import find_linear_symmetries, find_symmetries
 from diag.connectivity.symmetries.gauge import standard_form, undone, usable_gains
 from diag.connectivity.symmetries.linear_groups import complement_of_ones, orthogonal_part
 from diag.errors import InvalidInput, Unsupported
-from diag.snapshot.batch import as_batches
+from diag.snapshot.reading.forms import as_batches
 from diag.testing import leaves_no_trace
 
 

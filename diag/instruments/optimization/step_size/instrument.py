@@ -110,8 +110,8 @@ def step_size(
 
     history: the record of a watched run; loop: for what the weights began with, and for optimizers that descend
     losses of their own, of which the one with the largest steps is judged; where steps descend different loss
-    functions, the course of the losses counts for nothing. The ratio of a step is the median over
-    tensors of at least 64 entries; `too_high` is compared with the median of five consecutive measurements,
+    functions, the course of the losses counts for nothing. The ratio of a step is the median over tensors of at
+    least 64 entries; `too_high` is compared with the median of five consecutive measurements,
     `too_low` with the median of all. Where the loss is lost sooner, fewer measurements do, but not for SGD whose
     gradient was longer than the weights and whose loss took the logarithm of zero, or the like, of finite
     outputs: there the gradient was too large, and not the rate. Where the ratio is too low, the verdict looks at
@@ -123,6 +123,7 @@ def step_size(
     (medians, steps, tensors), (largest, at, began) = measuring.of_the_fastest(history, loop, too_high)
     losses, _ = finite_losses(history)
     from_nothing = measuring.from_nothing(history, loop)
+    uneven = from_nothing or bool((losses < 0).any())
     travelled, straightness = travel(history)
     one_loss = loop is None or not loop.losses_in_turn
     over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
@@ -139,17 +140,14 @@ def step_size(
         ratio=measuring.ratio_before_decay(history, medians, steps),
         tensors=tensors,
         num_steps=int(history.total_steps),
-        loss_fall=fall(losses) if one_loss else math.nan,
-        loss_peak_ratio=highest_loss(history) if one_loss else math.nan,
-        now=left_of_loss(history) if one_loss else math.nan,
+        **(_course(history) if one_loss else NO_COURSE),
         lost=bool(len(history)) and not history.loss_finite[-MEASUREMENTS_IN_A_ROW:].all(),
         below_zero=bool((losses < 0).any()),
         loss_fell=fell(losses),
         clip_factor=measuring.clip_factor(history),
         gradient_size=measuring.gradient_size(history),
         adam_share=measuring.adam_share(history),
-        loss_rose=one_loss
-        and measuring.rose(history, loop, at, SCATTERS if from_nothing or (losses < 0).any() else 0.0),
+        loss_rose=one_loss and measuring.rose(history, loop, at, SCATTERS if uneven else 0.0),
         shrunk=measuring.growth(history, at) < HALF_OF_NORM,
         growth=measuring.growth(history, int(history.total_steps)),
         from_nothing=from_nothing,
@@ -159,3 +157,12 @@ def step_size(
         steps=steps[-512:],
         ratios=medians[-512:],
     )
+
+
+NO_COURSE = dict.fromkeys(("loss_fall", "loss_peak_ratio", "now"), math.nan)
+
+
+def _course(history: History) -> dict[str, float]:
+    """What the losses did, of a training that descends one."""
+    losses, _ = finite_losses(history)
+    return {"loss_fall": fall(losses), "loss_peak_ratio": highest_loss(history), "now": left_of_loss(history)}

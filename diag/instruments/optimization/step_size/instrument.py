@@ -126,6 +126,7 @@ def step_size(
     uneven = from_nothing or bool((losses < 0).any())
     travelled, straightness = travel(history)
     one_loss = loop is None or not loop.losses_in_turn
+    fallen, peak, now = _course(history) if one_loss else (math.nan, math.nan, math.nan)
     over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
     return StepSize(
         travelled=travelled,
@@ -140,7 +141,9 @@ def step_size(
         ratio=measuring.ratio_before_decay(history, medians, steps),
         tensors=tensors,
         num_steps=int(history.total_steps),
-        **(_course(history) if one_loss else NO_COURSE),
+        loss_fall=fallen,
+        loss_peak_ratio=peak,
+        now=now,
         lost=bool(len(history)) and not history.loss_finite[-MEASUREMENTS_IN_A_ROW:].all(),
         below_zero=bool((losses < 0).any()),
         loss_fell=fell(losses),
@@ -159,10 +162,7 @@ def step_size(
     )
 
 
-NO_COURSE = dict.fromkeys(("loss_fall", "loss_peak_ratio", "now"), math.nan)
-
-
-def _course(history: History) -> dict[str, float]:
-    """What the losses did, of a training that descends one."""
+def _course(history: History) -> tuple[float, float, float]:
+    """Of the losses of a training that descends one: how far they fell, how high they rose, what is left."""
     losses, _ = finite_losses(history)
-    return {"loss_fall": fall(losses), "loss_peak_ratio": highest_loss(history), "now": left_of_loss(history)}
+    return fall(losses), highest_loss(history), left_of_loss(history)

@@ -71,4 +71,5 @@ EQUIVALENT: dict[str, str] = {
     "diag/linalg/spectrum.py: max_products: int = 300, :: threshold 300 -> 600": DEFAULT,
     "diag/linalg/reductions.py: return blocks(v.numel(), v.device, ROWS_ON_CPU if basis.dtype == v.dtype else"
     " BLOCK_ON_CPU) :: branch basis.dtype == v.dtype -> True": SPEED,
+    "diag/linalg/spectrum.py: return pair.subset(slice(0, 0)), 0 :: constant 0 -> 1": "empty from either end",
 }

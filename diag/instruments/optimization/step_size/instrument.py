@@ -121,12 +121,9 @@ def step_size(
     not far, with a loss that has hardly fallen. Raises nothing of its own.
     """
     (medians, steps, tensors), (largest, at, began) = measuring.of_the_fastest(history, loop, too_high)
-    losses, _ = finite_losses(history)
     from_nothing = measuring.from_nothing(history, loop)
-    uneven = from_nothing or bool((losses < 0).any())
     travelled, straightness = travel(history)
-    one_loss = loop is None or not loop.losses_in_turn
-    fallen, peak, now = _course(history) if one_loss else (math.nan, math.nan, math.nan)
+    first, below, fallen, peak, now = _course(history, loop)
     over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
     return StepSize(
         travelled=travelled,
@@ -134,7 +131,7 @@ def step_size(
         over=over,
         from_scratch=over and loop is not None and loop.from_scratch,
         rate=float(numpy.nan_to_num(history.learning_rate).max(initial=0.0)),
-        first_loss=float(losses[0]) if len(losses) else math.nan,
+        first_loss=first,
         largest_ratio=largest,
         largest_at=at,
         began_at=began,
@@ -145,12 +142,12 @@ def step_size(
         loss_peak_ratio=peak,
         now=now,
         lost=bool(len(history)) and not history.loss_finite[-MEASUREMENTS_IN_A_ROW:].all(),
-        below_zero=bool((losses < 0).any()),
-        loss_fell=fell(losses),
+        below_zero=below,
+        loss_fell=fell(finite_losses(history)[0]),
         clip_factor=measuring.clip_factor(history),
         gradient_size=measuring.gradient_size(history),
         adam_share=measuring.adam_share(history),
-        loss_rose=one_loss and measuring.rose(history, loop, at, SCATTERS if uneven else 0.0),
+        loss_rose=_rose(history, loop, at, from_nothing or below),
         shrunk=measuring.growth(history, at) < HALF_OF_NORM,
         growth=measuring.growth(history, int(history.total_steps)),
         from_nothing=from_nothing,
@@ -162,7 +159,17 @@ def step_size(
     )
 
 
-def _course(history: History) -> tuple[float, float, float]:
-    """Of the losses of a training that descends one: how far they fell, how high they rose, what is left."""
+def _course(history: History, loop: Loop | None) -> tuple[float, bool, float, float, float]:
+    """The first loss, and whether any is below zero; of a training that descends one loss besides how far it fell,
+    how high it rose and what is left of it, else NaN."""
     losses, _ = finite_losses(history)
-    return fall(losses), highest_loss(history), left_of_loss(history)
+    first, below = float(losses[0]) if len(losses) else math.nan, bool((losses < 0).any())
+    if loop is not None and loop.losses_in_turn:
+        return first, below, math.nan, math.nan, math.nan
+    return first, below, fall(losses), highest_loss(history), left_of_loss(history)
+
+
+def _rose(history: History, loop: Loop | None, step: int, uneven: bool) -> bool:
+    """Whether the one loss that is descended rose after this step; uneven: its scatter has to be passed for that."""
+    in_turn = loop is not None and loop.losses_in_turn
+    return not in_turn and measuring.rose(history, loop, step, SCATTERS if uneven else 0.0)

@@ -170,6 +170,6 @@ def _course(history: History, loop: Loop | None) -> tuple[float, bool, float, fl
 
 
 def _rose(history: History, loop: Loop | None, step: int, uneven: bool) -> bool:
-    """Whether the one loss that is descended rose after this step; uneven: its scatter has to be passed for that."""
+    """Whether the one loss that is descended rose after this step; uneven: by more than it scatters."""
     in_turn = loop is not None and loop.losses_in_turn
     return not in_turn and measuring.rose(history, loop, step, SCATTERS if uneven else 0.0)

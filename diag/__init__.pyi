@@ -37,6 +37,7 @@ from diag.instruments.optimization.descent import Descent as Descent
 from diag.instruments.optimization.divergence import Divergence as Divergence
 from diag.instruments.edge_of_stability.instrument import EdgeOfStability as EdgeOfStability
 from diag.instruments.data.evaluation_inputs import EvaluationInputs as EvaluationInputs
+from diag.instruments.outcome.evaluation_targets import EvaluationTargets as EvaluationTargets
 from diag.instruments.network.examples_mixed import ExamplesMixed as ExamplesMixed
 from diag.result import Failed as Failed
 from diag.instruments.outcome.finite_evaluation import FiniteEvaluation as FiniteEvaluation
@@ -373,6 +374,14 @@ class _EvaluationInputsInstrument(Instrument):
     def __call__(self, loop: Any) -> EvaluationInputs: ...
 
 evaluation_inputs: _EvaluationInputsInstrument
+
+class _EvaluationTargetsInstrument(Instrument):
+    @overload
+    def __call__(self, snapshot: Measurable, *, loop: Any = ...) -> EvaluationTargets: ...
+    @overload
+    def __call__(self, loop: Any) -> EvaluationTargets: ...
+
+evaluation_targets: _EvaluationTargetsInstrument
 
 class _ExamplesMixedInstrument(Instrument):
     @overload

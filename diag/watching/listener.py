@@ -118,7 +118,7 @@ class TrainingListener(Guarded):
         last, self._evaluated = self._evaluated, (module, id(outputs))
         self._paused()
         if last[1] != id(outputs) or last[0] is module:  # a wrapper and the model in it are one call
-            self._facts("evaluated", args, kwargs)
+            self._facts("evaluated", args, kwargs, outputs)
 
     @guarded("other ranks")
     def _paused(self) -> None:
@@ -155,9 +155,9 @@ class TrainingListener(Guarded):
         if self._is_here():
             self._closely("further_loss_called", function, args, kwargs)
 
-    def loss_evaluated(self, value: Any) -> None:
+    def loss_evaluated(self, function: Any, args: Any, kwargs: Any, value: Any) -> None:
         """A loss function was called without gradients."""
-        self._closely("loss_evaluated", value)
+        self._closely("loss_evaluated", function, args, kwargs, value)
 
     @guarded("loss")
     def loss_scaled(self, losses: Any, scaled: Any) -> None:

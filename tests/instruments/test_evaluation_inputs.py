@@ -10,6 +10,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
+from diag.watching.observe.loop.evaluation.column_order import columns_moved
 
 ROWS, FEATURES, VOCABULARY = 256, 8, 60
 
@@ -176,3 +177,69 @@ def test_classes_missing_from_a_full_batch_are_told_though_only_some_rows_are_as
 def test_refused_with_the_reason_where_nothing_of_the_kind_was_seen(check, reason):
     verdict = check(loop=Loop(step=100)).verdict()
     assert verdict.level is Level.NOT_APPLICABLE and reason in verdict.sentence
+
+
+# Columns in another order
+
+
+def mixed(seed, n=ROWS):
+    """Standardised features that differ in how they go together and are distributed, (n, 6)."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b, c = (torch.randn(n, generator=generator) for _ in range(3))
+    x = torch.stack([a, a + 0.5 * b, b, b - c, c.exp(), torch.rand(n, generator=generator)], 1)
+    return (x - x.mean(0)) / x.std(0)
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3, 4, 5, 0], [5, 1, 2, 3, 4, 0], [0, 1, 4, 3, 2, 5]])
+def test_columns_in_another_order_are_told(order):
+    verdict = told(mixed(0), mixed(1)[:, order])
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "another order" in verdict.sentence
+    first = next(place for place, other in enumerate(order) if place != other)
+    assert f"column {first} is like training's {order[first]}" in verdict.sentence
+
+
+def test_columns_that_nothing_tells_apart_are_quiet_in_any_order():
+    train, test = (torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert told(train, test[:, [3, 4, 5, 0, 1, 2]]).level == "ok"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_order_is_told_of_two_samples_of_one_source(seed):
+    heavy = mixed(2 * seed).sinh(), mixed(2 * seed + 1).sinh()
+    assert columns_moved(mixed(2 * seed), mixed(2 * seed + 1)) == columns_moved(*heavy) == ()
+
+
+def test_columns_that_changed_and_fit_no_other_have_no_other_order():
+    other = mixed(1)
+    other[:, 1] = torch.randn(ROWS).pow(3)
+    assert columns_moved(mixed(0), other) == columns_moved(mixed(0)[:20], mixed(1)[:, [1, 0, 2, 3, 4, 5]]) == ()
+
+
+# Words that are unknown, sequences that are cut
+
+
+def sentences(seed, n=ROWS, length=12, shortest=8):
+    """Tokens from 2 on, filled up with 0."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, VOCABULARY, (n, length), generator=generator)
+    ends = torch.randint(shortest, length + 1, (n, 1), generator=generator)
+    return tokens.where(torch.arange(length) < ends, 0)
+
+
+def test_unknown_words_in_evaluation_are_told():
+    text = sentences(1)
+    unknown = torch.where((torch.rand(text.shape) < 0.4) & (text > 0), 1, text)
+    verdict = told(sentences(0), unknown, Bag())
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "are 1, which was in none" in verdict.sentence
+
+
+def test_sequences_that_are_cut_in_evaluation_are_told():
+    cut = sentences(1)
+    cut[:, 4:] = 0
+    verdict = told(sentences(0), cut, Bag())
+    assert "cut shorter" in verdict.sentence and "more than 4 tokens" in verdict.sentence
+
+
+@pytest.mark.parametrize("shortest", [8, 1])
+def test_sequences_that_differ_in_length_as_training_does_are_quiet(shortest):
+    assert told(sentences(0, shortest=shortest), sentences(1, shortest=8), Bag()).level == "ok"

@@ -97,6 +97,35 @@ def test_held_out_labels_that_hardly_vary_say_nothing(others):
     assert result.verdict().level == "ok"
 
 
+@pytest.mark.parametrize(
+    ("order", "told"), [([0, 2, 1, 3], "1 is 2, 2 is 1"), ([0, 2, 3, 1], "1 is 2, 2 is 3, 3 is 1")]
+)
+def test_classes_that_changed_places_are_named(order, told):
+    verdict = judged(lambda v: torch.tensor(order)[v]).verdict()
+    assert (verdict.level, verdict.cause) == ("warning", Cause.HELD_OUT_LABELS_DIFFER)
+    assert f"exchanged ({told})" in verdict.sentence
+
+
+def test_two_classes_that_are_answered_for_one_another_in_part_are_no_exchange():
+    def confused(v):
+        generator = torch.Generator().manual_seed(5)
+        other = torch.tensor([0, 2, 1, 3])[v]
+        return logits_of(torch.where(torch.rand(v.shape, generator=generator) < 0.5, other, v))
+
+    assert judged(lambda v: v, answers=confused).verdict().level == "ok"
+
+
+def test_classes_that_training_exchanges_too_are_no_exchange():
+    """A network that has not learned the two, on labels that are the same in both sets."""
+    other = lambda v: logits_of(torch.tensor([0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11])[v], classes=12)  # noqa: E731
+    (x, y), (u, v) = data(600, 0, 6), data(400, 1, 6)
+    result = diag.held_out_labels(
+        inputs=x, logits=torch.where((y < 4)[:, None], other(y), logits_of(y, classes=12)), labels=y,
+        held_out_inputs=u, held_out_logits=other(v), held_out_labels=v,
+    )  # fmt: skip
+    assert result.exchanged == () and result.verdict().level == "ok"
+
+
 def test_only_classes_of_another_number_are_shown():
     swapped = HeldOutLabels(
         accuracy=0.9, held_out_accuracy=0.1, renumbered=0.9, chance=0.3, p_value=math.nan,

@@ -166,3 +166,32 @@ def test_generalisation_of_tensors():
     assert result.held_out_loss_standard_error == pytest.approx(
         float(losses.double().std() / 2) * 3.182446305 / 2
     )  # t of three
+
+
+# A code for missing values
+
+
+def with_code(code, share, n=200, feature=3):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=generator)
+    x[torch.rand(n, generator=generator) < share, feature] = code
+    return x
+
+
+@pytest.mark.parametrize("code", [-999.0, 99.0, -30.0])
+def test_a_code_for_missing_values_is_told(code):
+    raw = with_code(code, 0.1)
+    standardised = (raw - raw.mean(0)) / raw.std(0)
+    verdict = diag.input_scale(inputs=standardised).verdict()
+    assert (verdict.level, verdict.cause) == ("warning", Cause.MISSING_VALUES_FILLED)
+    assert "Feature 3 is the same number" in verdict.sentence
+
+
+def test_one_number_among_or_near_the_others_and_features_of_few_values_are_quiet():
+    near = with_code(-4.0, 0.1)
+    seldom = with_code(-30.0, 0.0)
+    seldom[:2, 3] = -30.0
+    few = torch.randn(200, 6)
+    few[:, 0] = torch.randint(3, (200,)) + 20.0 * (torch.rand(200) < 0.1)
+    for x in (with_code(0.0, 0.4), near, seldom, few):
+        assert diag.input_scale(inputs=x).filled == 0

@@ -346,3 +346,21 @@ def test_the_scale_of_targets_is_observed():
     facts = watcher._loop.facts().targets
     assert facts.mean == pytest.approx(y.mean().item(), rel=1e-5)
     assert Cause.TARGETS_NOT_NORMALIZED in {f.verdict.cause for f in watcher.findings}
+
+
+# Copies in the data set
+
+
+def test_a_data_set_of_copies_is_told():
+    x, y = rows(30)
+    again = torch.randint(30, (600,), generator=torch.Generator().manual_seed(1))
+    sentence = told(shuffled(TensorDataset(x[again], y[again])))[Cause.ROWS_DUPLICATED]
+    assert "holds the same inputs many times" in sentence and "30 differ" in sentence
+
+
+def test_rows_of_classes_that_are_copied_and_numbers_of_few_values_are_quiet():
+    x, y = rows(400)
+    oversampled = torch.cat([torch.arange(400), torch.arange(40).repeat(5)])
+    assert Cause.ROWS_DUPLICATED not in told(shuffled(TensorDataset(x[oversampled], y[oversampled])))
+    corners = (x > 0).float()  # 64 of them
+    assert Cause.ROWS_DUPLICATED not in told(shuffled(TensorDataset(corners, y)), epochs=3)

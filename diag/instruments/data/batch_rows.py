@@ -21,6 +21,7 @@ SHARE_OF_BATCHES = 0.25  # they fill a few batches
 BATCHES_AT_LEAST = 2
 CALLS_OF_ROWS, ROWS_MARKED = 3, 24  # training calls, and rows in them, at least
 SHARE_THAT_DIFFERS = 0.3  # of the rows of a batch: below, most of it is repetition
+PLACES_LOOKED_AT, FEWEST_THAT_DIFFER, PLACES_THAT_DIFFER = 96, 10, 0.5  # of a data set, and the share of them
 ROWS_NAMED = 4
 
 
@@ -45,7 +46,9 @@ def batch_rows(loop: Loop) -> BatchRows:
     all rows of a batch are one is asked of the first batches as a DataLoader gives them, before the loop changes
     them. Where large rows fill a few batches, the batches are told: something makes one row's values those of all.
 
-    Rows that repeat within a batch are told of where at most three of ten differ and other batches have others.
+    Rows that repeat within a batch are told of where at most three of ten differ and other batches have others;
+    those that stand in a data set many times where, of a hundred places or so that were looked at, at most half
+    have different rows, and these differ in some number from nearly all others, so that equal ones are copies.
 
     Raises nothing of its own.
     """
@@ -83,6 +86,23 @@ def _repeated(i: InputFacts) -> Iterator[LoopFinding]:
             "Look at how batches are put together: a sampler that draws a place again and again, a repeat or an "
             "expand along the batch axis.",
             "Rows that are meant to be repeated in a batch.",
+            step=1,
+        )
+    elif i.continuous and i.places >= PLACES_LOOKED_AT and i.of_places <= PLACES_THAT_DIFFER * i.places:
+        yield from _copies(i)
+
+
+def _copies(i: InputFacts) -> Iterator[LoopFinding]:
+    if i.of_places >= FEWEST_THAT_DIFFER:
+        yield LoopFinding(
+            Level.WARNING,
+            Cause.ROWS_DUPLICATED,
+            f"The data set holds the same inputs many times: of those at {i.places:,} different places of it that "
+            f"were looked at, {i.of_places:,} differ from one another in any number, so that there is less to "
+            "learn from than its length says.",
+            "Look at how it was put together: a join that multiplies rows, files read or windows cut several "
+            "times, a concat inside a loop. Remove copies before the data is split.",
+            "Rows that are repeated on purpose, to make an epoch longer.",
             step=1,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import ClassVar
 
 from diag.display import format_number, format_share
@@ -22,6 +23,8 @@ ROWS_OF_EVALUATION = 32
 FEATURES_APART, FEWEST_FEATURES = 0.5, 4  # of the features, and features
 STANDING_ROWS = 100  # of evaluation
 TOKENS_EVALUATED, MOSTLY_NEW, SELDOM_NEW = 64, 0.5, 0.02
+ONE_NEW = 0.2  # of evaluation's tokens
+ROWS_OF_LENGTHS, MUCH_SHORTER = 64, 0.75  # rows of a side; longest of evaluation beside training's short ones
 PAIRS_EVALUATED, OFTEN_KNOWN, HALF_AS_OFTEN = 1000, 0.3, 0.5
 
 
@@ -46,9 +49,12 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     of one shape: standard deviations of all entries that differ more than twofold, or means that differ by more
     than two of the larger one, are a warning; so are those of half of the features or more (columns of a table,
     channels, features of sequences) with four and two, and a column of a table that stands at one number in
-    evaluation which training seldom has. Of whole numbers for an embedding: ids of evaluation that are mostly new
-    where training's later batches have hardly any new one, and pairs of neighbouring tokens that training had half
-    as often as those of its own new rows, are a warning each.
+    evaluation which training seldom has. Columns of a table in another order are named where each of them is in
+    evaluation what another one is in training, by its distribution and its correlations. Of whole numbers for an
+    embedding: ids of evaluation that are mostly new where training's later batches have hardly any new one, or a
+    fifth of which are one new id, rows of which the longest is a quarter shorter than nine in ten of training's,
+    and pairs of neighbouring tokens that training had half as often as those of its own new rows, are a warning
+    each.
 
     Raises nothing of its own.
     """
@@ -59,7 +65,8 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
         f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in "
         f"evaluation mode, and no ids or tokens.",
     )
-    findings = list(_of_all_entries(loop.inputs)) if both else []
+    findings = list(_of_order(loop.columns))
+    findings = findings or (list(_of_all_entries(loop.inputs)) if both else [])
     findings = findings or list(_of_columns(loop.columns))
     findings += [f for n in loop.novelty for f in _of_tokens(n)]
     return judged(EvaluationInputs, loop.step, findings, _fine(loop.inputs), preconditions=(seen,))
@@ -79,6 +86,18 @@ def _fine(i: InputFacts) -> str:
         f"{format_number(i.evaluated_deviation)} in evaluation, {format_number(i.mean)} and "
         f"{format_number(i.deviation)} in training."
     )
+
+
+def _of_order(c: ColumnFacts) -> Iterator[LoopFinding]:
+    if c.moved:
+        places = [f"column {there} is like training's {here}" for there, here in c.moved]
+        yield _differs(
+            f"The columns of the inputs stand in another order in evaluation: {len(c.moved):,} of them are not "
+            f"like training's at their place and like one at another, by their distributions and correlations "
+            f"({named(places, 3)}).",
+            "Take the columns of both tables by one list of names.",
+            "The names of the columns, in the order in which the model gets them, agree.",
+        )
 
 
 def _of_all_entries(i: InputFacts) -> Iterator[LoopFinding]:
@@ -117,6 +136,10 @@ def _of_columns(c: ColumnFacts) -> Iterator[LoopFinding]:
 
 
 def _of_tokens(n: NoveltyFacts) -> Iterator[LoopFinding]:
+    yield from islice(chain(_new_ids(n), _one_new(n), _cut(n), _other_pairs(n)), 1)
+
+
+def _new_ids(n: NoveltyFacts) -> Iterator[LoopFinding]:
     if n.tokens >= TOKENS_EVALUATED and n.new >= MOSTLY_NEW and n.expected <= SELDOM_NEW:
         yield _differs(
             f"{format_share(n.new)} of the {n.tokens:,} ids of input {n.number} in evaluation were in none of the "
@@ -125,7 +148,33 @@ def _of_tokens(n: NoveltyFacts) -> Iterator[LoopFinding]:
             "Look at how the data was split (by id, where rows were meant?) and at how ids are numbered in both.",
             "Batches of training with these ids.",
         )
-    elif n.pairs >= PAIRS_EVALUATED and n.known <= HALF_AS_OFTEN * n.known_of_training and _often(n):
+
+
+def _one_new(n: NoveltyFacts) -> Iterator[LoopFinding]:
+    if n.tokens >= TOKENS_EVALUATED and n.one_share >= ONE_NEW and n.expected <= SELDOM_NEW:
+        yield _differs(
+            f"{format_share(n.one_share)} of the tokens of input {n.number} in evaluation are {n.one_new}, which "
+            "was in none of the batches of training that were looked at: if it stands for unknown words, the "
+            "network has never learned what to do with it.",
+            "Look up some words of evaluation's text in the vocabulary: upper and lower case, spaces and stripped "
+            "characters as in training.",
+            "Batches of training with this token.",
+        )
+
+
+def _cut(n: NoveltyFacts) -> Iterator[LoopFinding]:
+    if min(n.rows, n.evaluated_rows) >= ROWS_OF_LENGTHS and n.longest <= MUCH_SHORTER * n.short:
+        yield _differs(
+            f"Sequences are cut shorter in evaluation: none of the {n.evaluated_rows:,} rows of input {n.number} "
+            f"that were looked at has more than {n.longest} tokens, and nine in ten of training's have {n.short} "
+            "or more.",
+            "Cut both to one length, and look at what a tokenizer or a slice leaves of evaluation's rows.",
+            "Evaluation is meant to be of shorter sequences.",
+        )
+
+
+def _other_pairs(n: NoveltyFacts) -> Iterator[LoopFinding]:
+    if n.pairs >= PAIRS_EVALUATED and n.known <= HALF_AS_OFTEN * n.known_of_training and _often(n):
         yield _differs(
             f"Tokens follow one another otherwise in evaluation: {format_share(n.known)} of the neighbouring pairs "
             f"of input {n.number} are known from training, and {format_share(n.known_of_training)} of those of "

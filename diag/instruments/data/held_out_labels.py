@@ -1,9 +1,9 @@
 """Held-out labels against those of training: numbered in the same way, and of the same inputs.
 
 A network that answers training examples right says what it takes each class for. Where its answers on held-out
-examples and their labels agree up to the numbers of the classes, these were given in another way; where they have
-nothing to do with each other, and the labels nothing with their inputs, although both are so for training, the
-labels are not those of these inputs.
+examples and their labels agree up to the numbers of the classes, these were given in another way, of all classes or
+of a few that changed places; where they have nothing to do with each other, and the labels nothing with their
+inputs, although both are so for training, the labels are not those of these inputs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Ver
 
 SOURCE = "arithmetic of answers and labels, and the test of independence of Gretton et al. 2008, NIPS 20"
 ANSWERED_RIGHT, RENUMBERED, SAME_NUMBERS = 0.8, 0.8, 0.2  # of the examples
+EXCHANGED = 0.6  # of the answers of each class that changed places with others
 FEWEST_OF_AN_ANSWER = 5  # examples
 FEWEST_LABELLED = 64  # examples of a side
 SURELY_DEPENDENT, HARDLY_DEPENDENT = 0.02, 0.1  # p-values
 ERRORS_ABOVE_CHANCE = 3.0
+ONE_LIST = "Number the classes once, from one sorted list of their names, and use it for both sets."
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +42,12 @@ class HeldOutLabels(Result):
     p_value: float = measured("p-value of the test that training labels are independent of their inputs")
     held_out_p_value: float = measured("the same of held-out labels")
     numbers: tuple[tuple[int, int], ...] = measured("class that is answered, and held-out label that belongs to it")
+    exchanged: tuple[tuple[int, int], ...] = measured(
+        "the same of classes that changed places, where others did not", default=()
+    )
+    exchanged_share: float = measured(
+        "held-out answers of these that have the other's label", unit="share", default=math.nan
+    )
     held_out: int = measured("held-out examples")
 
     def verdict(self) -> Verdict:
@@ -53,11 +61,20 @@ class HeldOutLabels(Result):
             return self._told(
                 "Held-out labels give the classes other numbers than training's: "
                 f"{format_share(self.renumbered)} of the held-out examples are answered right once the "
-                f"classes are renumbered ({self._pairs()}), and "
+                f"classes are renumbered ({_pairs(self.numbers)}), and "
                 f"{format_share(self.held_out_accuracy)} as they are.",
-                "Number the classes once, from one sorted list of their names, and use it for both sets.",
+                ONE_LIST,
                 self.renumbered,
                 RENUMBERED,
+            )
+        if self.exchanged:
+            return self._told(
+                f"Held-out labels have classes exchanged ({_pairs(self.exchanged)}): of the held-out examples that "
+                f"are answered with one of these, {format_share(self.exchanged_share)} carry the other's label, "
+                f"while {format_share(self.accuracy)} of all training examples are answered as they are labelled.",
+                ONE_LIST,
+                self.exchanged_share,
+                EXCHANGED,
             )
         if self._unrelated():
             return self._told(
@@ -85,10 +102,6 @@ class HeldOutLabels(Result):
         # Labels that hardly vary, as the first of a set sorted by class, depend on nothing, and all is chance.
         vary = above_chance < self.accuracy
         return self.accuracy >= ANSWERED_RIGHT and vary and self.held_out_accuracy <= above_chance and apart
-
-    def _pairs(self) -> str:
-        others = [f"{a} is {b}" for a, b in self.numbers if a != b]
-        return ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
 
     def _told(self, sentence: str, advice: str, value: float, threshold: float) -> Verdict:
         return Verdict(
@@ -135,20 +148,20 @@ def held_out_labels(
     logits (n, K), labels (n,), and the same of held-out examples (m,). Judged where four fifths of the training
     examples are answered right. At most a fifth of the held-out ones right, and four fifths once each class that is
     answered is given the label that is most frequent among these answers (one for each class), is a warning:
-    the numbers differ. So are held-out answers no better than the most frequent class where a test of independence
-    (HSIC, 256 examples) finds that labels depend on inputs in training and not in the held-out set, unless held-out
-    labels hardly vary. Raises nothing of its own.
+    the numbers differ. So are some classes that changed places: each has another one's label in six tenths of its
+    held-out answers and its own in four fifths of its training answers. And so are held-out answers no better than
+    the most frequent class where a test of independence (HSIC, 256 examples) finds that labels depend on inputs in
+    training and not in the held-out set, unless held-out labels hardly vary. Raises nothing of its own.
     """
     enough = min(len(labels), len(held_out_labels)) >= FEWEST_LABELLED and logits.shape[1] > 1
     one_each = len(logits) == len(labels) and len(held_out_logits) == len(held_out_labels)
     usable = enough and one_each
     accuracy, held_out = share_right(logits, labels), share_right(held_out_logits, held_out_labels)
-    numbers, renumbered = (
-        _numbers(held_out_logits.argmax(1), held_out_labels)
-        if usable and accuracy >= ANSWERED_RIGHT
-        else ((), math.nan)
-    )
-    suspect = usable and accuracy >= ANSWERED_RIGHT and held_out <= 0.5
+    learned = usable and accuracy >= ANSWERED_RIGHT
+    answers = held_out_logits.argmax(1)
+    numbers, renumbered = _numbers(answers, held_out_labels) if learned else ((), math.nan)
+    exchanged = _exchanged(numbers, logits.argmax(1), labels, answers, held_out_labels)
+    suspect = learned and held_out <= 0.5
     p, held_out_p = (
         (_p_value(inputs, labels), _p_value(held_out_inputs, held_out_labels)) if suspect else (math.nan, math.nan)
     )
@@ -160,11 +173,18 @@ def held_out_labels(
         p_value=p,
         held_out_p_value=held_out_p,
         numbers=numbers,
+        exchanged=exchanged,
+        exchanged_share=_share_of(exchanged, answers, held_out_labels) if exchanged else math.nan,
         held_out=len(held_out_labels),
         preconditions=(
             Precondition("labels", usable, f"there are not {FEWEST_LABELLED} labelled examples on each side."),
         ),
     )
+
+
+def _pairs(numbers: tuple[tuple[int, int], ...]) -> str:
+    others = [f"{a} is {b}" for a, b in numbers if a != b]
+    return ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
 
 
 def _p_value(inputs: Any, labels: Tensor) -> float:
@@ -187,3 +207,24 @@ def _numbers(answers: Tensor, labels: Tensor) -> tuple[tuple[tuple[int, int], ..
     if len(found) < 2 or len(set(found.values())) < len(found):
         return (), math.nan
     return tuple(sorted(found.items())), right / len(labels)
+
+
+def _exchanged(
+    numbers: tuple[tuple[int, int], ...], answers: Tensor, labels: Tensor, theirs: Tensor, their_labels: Tensor
+) -> tuple[tuple[int, int], ...]:
+    """The classes that changed places among themselves while others kept theirs, with the held-out label of each;
+    none where one of them is not answered right in training, or seldom has that label."""
+    moved = tuple((a, b) for a, b in numbers if a != b)
+    closed = {a for a, _ in moved} == {b for _, b in moved}
+    if not moved or not closed or len(moved) == len(numbers):
+        return ()
+    own = (_share_of(((a, a),), answers, labels) >= ANSWERED_RIGHT for a, _ in moved)
+    other = (_share_of((pair,), theirs, their_labels) >= EXCHANGED for pair in moved)
+    return moved if all(own) and all(other) else ()
+
+
+def _share_of(pairs: tuple[tuple[int, int], ...], answers: Tensor, labels: Tensor) -> float:
+    """The share of the answers with one of these classes that have the label beside it; NaN where there are few."""
+    of_them = sum(int((answers == a).sum()) for a, _ in pairs)
+    like_it = sum(int(((answers == a) & (labels == b)).sum()) for a, b in pairs)
+    return like_it / of_them if of_them >= FEWEST_OF_AN_ANSWER else math.nan

@@ -24,6 +24,9 @@ LARGE_INPUTS, SMALL_INPUTS, FEATURE_RATIO, CONSTANT_SHARE = 20.0, 0.02, 300.0, 0
 FEWEST_EXAMPLES = 8
 NO_ROWS = f"the inputs are not {FEWEST_EXAMPLES} or more rows of floating-point numbers."
 GAP_TO_THE_REST = 10.0  # times the largest of the other rows
+FEWEST_OF_FILL, SHARE_OF_FILL = 4, 0.01  # rows that hold one number far from all others of its feature
+FILL_AWAY = 3.0  # times the range of these others
+OTHERS_AT_LEAST, OTHERS_DIFFER = 24, 0.5  # rows with others, and of these the share of different numbers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,6 +45,10 @@ class InputScale(Result):
     non_finite: int = measured("examples with entries that are not finite")
     outliers: tuple[int, ...] = measured("examples whose size is a hundred times the median one's, or more")
     examples: int = measured("examples")
+    fill_feature: int = measured("the feature that holds one number far from its others in many rows", default=-1)
+    fill: float = measured("that number", default=math.nan)
+    filled: int = measured("rows that hold it", default=0)
+    fill_away: float = measured("how far it is from the others, in their range", default=math.nan)
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
@@ -51,6 +58,7 @@ class InputScale(Result):
     def _verdicts(self) -> Iterator[Verdict]:
         yield from self._rows_that_are_wrong()
         yield from self._inputs_that_do_not_vary()
+        yield from self._filled_in()
         yield from self._inputs_off_scale()
         yield Verdict(
             Level.OK,
@@ -93,6 +101,19 @@ class InputScale(Result):
                 "Look at what the data set returns for two different rows, and at joins and fills that may "
                 "have failed.",
                 self.constant, self.setting("constant"), Confidence.ARITHMETIC,
+            )  # fmt: skip
+
+    def _filled_in(self) -> Iterator[Verdict]:
+        if self.filled:
+            yield self._bad(
+                Level.WARNING, Cause.MISSING_VALUES_FILLED,
+                f"Feature {self.fill_feature} is the same number, {format_number(self.fill)}, in {self.filled:,} "
+                f"of {self.examples:,} rows, {format_number(self.fill_away)} times as far from all its other "
+                "numbers as these lie apart, as a code for missing values (-999) does: beside it the others are "
+                "nearly one.",
+                "Fill such values in with the median or mean of the others, before the scale of the feature is "
+                "taken, and give the network a feature that says where they were missing.",
+                self.fill_away, FILL_AWAY, Confidence.ARITHMETIC,
             )  # fmt: skip
 
     def _inputs_off_scale(self) -> Iterator[Verdict]:
@@ -170,7 +191,9 @@ def input_scale(
 
     inputs: a floating tensor (n, ...), or several inputs, of which the floating one of the largest scale with at
     least two features is judged; token numbers, masks and what is by its name a label, a place, a time or a length
-    are not, nor one that is the same for all examples where others vary. `large`: root mean square of all entries;
+    are not, nor one that is the same for all examples where others vary. A feature of a table that is one number in
+    four rows and a hundredth of them, three times as far from all its others as these lie apart, where at least
+    half of these differ, holds a code for what is missing. `large`: root mean square of all entries;
     `small`: their standard deviation; `ratio`: scale of the largest over that of the median feature
     (of inputs with one axis of features); `constant`: share of features that never vary. Beyond each it warns.
     Raises nothing of its own.
@@ -187,7 +210,9 @@ def input_scale(
     good = good[good.square().mean(1).sqrt() <= limit] if few else good
     scales = good.square().mean(0).sqrt()
     varies = good.amax(0) > good.amin(0)
-    widest, ratio_found = _ratio(scales[varies], varies) if floating and inputs.ndim == 2 else (0, math.nan)
+    table = floating and inputs.ndim == 2
+    feature, fill, filled, away = _fill(good) if table else (-1, math.nan, 0, math.nan)
+    widest, ratio_found = _ratio(scales[varies], varies) if table else (0, math.nan)
     return InputScale(
         name=name,
         mean=float(good.mean()),
@@ -200,6 +225,10 @@ def input_scale(
         non_finite=int((~finite).sum()),
         outliers=tuple(outliers.tolist()) if few else (),
         examples=len(rows),
+        fill_feature=feature,
+        fill=fill,
+        filled=filled,
+        fill_away=away,
         preconditions=(Precondition("floating inputs", floating, NO_ROWS),),
     )
 
@@ -233,6 +262,24 @@ def _are_others(sizes: Tensor, limit: Tensor) -> bool:
     large, rest = sizes[sizes > limit], sizes[sizes <= limit]
     few = len(large) <= len(sizes) // 20
     return float(limit) > 0 and (few or bool(large.min() > GAP_TO_THE_REST * rest.max()))
+
+
+def _fill(rows: Tensor) -> tuple[int, float, int, float]:
+    """(feature, number, rows with it, how far from all its others in their range) of the feature with one number
+    that is farthest from its others; -1 and no rows where there is none."""
+    n, best = len(rows), (-1, math.nan, 0, math.nan)
+    ordered = rows.sort(0).values
+    for end in (ordered[0], ordered[-1]):  # such a number is the smallest or the largest
+        here = (ordered == end).sum(0)
+        enough = (here >= max(FEWEST_OF_FILL, SHARE_OF_FILL * n)) & (n - here >= OTHERS_AT_LEAST)
+        for feature in enough.nonzero().flatten().tolist():
+            others = rows[rows[:, feature] != end[feature], feature]
+            reach = float(others.max() - others.min())
+            away = float((others - end[feature]).abs().min()) / reach if reach > 0 else 0.0
+            differ = len(others.unique()) >= OTHERS_DIFFER * len(others)
+            if differ and away >= FILL_AWAY and not away <= best[3]:
+                best = (feature, float(end[feature]), int(here[feature]), away)
+    return best
 
 
 def _ratio(scales: Tensor, varies: Tensor) -> tuple[int, float]:

@@ -111,7 +111,8 @@ class LabelsBelong(Result):
     def _shuffled(self, step: int) -> Verdict:
         held_out = not math.isnan(self.held_out_gain)
         who = "held-out examples are" if held_out else "training examples are"
-        how = ", while training examples are learned by heart" if self.by_heart else ""
+        gained = f", while the loss of training examples has come {format_number(self.gain)} below that"
+        how = gained if self.by_heart else ""
         return Verdict(
             Level.WARNING,
             f"The labels do not seem to belong to their inputs, or hardly depend on them: after {step:,} steps "

@@ -13,7 +13,8 @@ class ColumnFacts:
     whose standard deviations differ more than fourfold, or whose means differ by more than two of the larger one.
     example: one of them, with its mean and standard deviation in training (two numbers) and in evaluation (two).
     standing: columns of a table that are one number in all rows of evaluation (`number`) and another one in most of
-    training's, which differ."""
+    training's, which differ. moved: columns of a table that are in evaluation what another is in training, as
+    (place in evaluation, place in training)."""
 
     rows: int = 0
     evaluated: int = 0
@@ -23,6 +24,7 @@ class ColumnFacts:
     numbers: tuple[float, ...] = ()
     standing: tuple[int, ...] = ()
     number: float = math.nan
+    moved: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class NoveltyFacts:
     tokens in evaluation, known: the share of them that training had; known_of_training: the same of training rows
     when they came for the first time, at the end of the looks before the evaluation. counted: tokens of training's
     sequences, without those that fill their ends; distinct: how many differ; common: the most frequent one, and
-    its share."""
+    its share. one_new: the most frequent id of evaluation that training never had, one_share: its share of
+    evaluation's tokens, without what fills ends. rows, evaluated_rows: of sequences that were kept to compare their
+    lengths, short: the length that nine in ten of training's have at least, longest: of evaluation's."""
 
     number: int
     tokens: int = 0
@@ -49,3 +53,25 @@ class NoveltyFacts:
     distinct: int = 0
     common: int = -1
     share: float = math.nan
+    one_new: int = -1
+    one_share: float = math.nan
+    rows: int = 0
+    evaluated_rows: int = 0
+    short: int = 0
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class AskedInEvaluation:
+    """Of one loss between numbers (mse_loss, ...) that is called on the network's outputs as they are, in training
+    and without gradients: how many targets were looked at in both, their quartiles (three numbers each), how many
+    distinct ones training's were, and the shares of whole numbers among them. Empty, or NaN: not known."""
+
+    function: str = ""
+    targets: int = 0
+    evaluated: int = 0
+    quartiles: tuple[float, ...] = ()
+    evaluated_quartiles: tuple[float, ...] = ()
+    distinct: int = 0
+    whole: float = math.nan
+    evaluated_whole: float = math.nan

@@ -31,7 +31,7 @@ from diag.snapshot.loop.data import (
     RootFacts,
     TargetFacts,
 )
-from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
+from diag.snapshot.loop.evaluated import AskedInEvaluation, ColumnFacts, NoveltyFacts
 from diag.snapshot.loop.games import GameFacts
 from diag.snapshot.loop.inputs import EvaluationFacts, InputFacts, StoredFacts, TokenFacts
 from diag.snapshot.loop.network import (
@@ -137,6 +137,7 @@ class Loop:
     paired: tuple[PairedFacts, ...] = ()
     columns: ColumnFacts = field(default_factory=ColumnFacts)
     novelty: tuple[NoveltyFacts, ...] = ()
+    asked_in_evaluation: AskedInEvaluation = field(default_factory=AskedInEvaluation)
 
     @property
     def full_batch(self) -> bool:

@@ -14,7 +14,9 @@ class InputFacts:
     all calls together; different: rows that differ over all calls. mean, deviation: of all entries of floating
     inputs, NaN for others. evaluated: calls in evaluation mode without gradients that were looked at,
     evaluated_rows their examples, evaluated_mean and evaluated_deviation of their entries. shape_alike: an example
-    had the same shape in both. others_differ: the rows of another tensor of a call do."""
+    had the same shape in both. others_differ: the rows of another tensor of a call do. places: of a data set whose
+    rows were looked at, where they are all that the model is given, of_places: how many of these rows differ;
+    continuous: those that differ do so in a number that hardly any two share, so that equal ones are copies."""
 
     looked: int = 0
     rows: int = 0
@@ -28,6 +30,9 @@ class InputFacts:
     evaluated_deviation: float = math.nan
     shape_alike: bool = True
     others_differ: bool = False
+    places: int = 0
+    of_places: int = 0
+    continuous: bool = False
 
 
 @dataclass(frozen=True)

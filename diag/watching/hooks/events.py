@@ -50,7 +50,7 @@ class Listener(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """It has stepped."""
 
-    def loss_evaluated(self, value: Any) -> None:
+    def loss_evaluated(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
         """A loss function was called without gradients and returned `value`."""
 
     def has_zeroed(self, owner: Any) -> None:

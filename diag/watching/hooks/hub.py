@@ -164,7 +164,7 @@ class Hub:
                     listener.loss_called(plain, args, kwargs, value)
         elif isinstance(value, torch.Tensor) and not value.requires_grad:
             for listener in self.listeners:
-                listener.loss_evaluated(value)
+                listener.loss_evaluated(plain, args, kwargs, value)
 
     def _backward_begins(self, args: Any, kwargs: Any) -> bool:
         if torch._C._current_graph_task_id() != -1:  # a reentrant checkpoint's, inside the loop's own

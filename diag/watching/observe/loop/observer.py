@@ -36,6 +36,7 @@ from diag.watching.observe.loop.data.targets import Targets
 from diag.watching.observe.loop.data.tokens import Tokens
 from diag.watching.observe.loop.evaluation.columns import FeatureColumns
 from diag.watching.observe.loop.evaluation.copies import Copies
+from diag.watching.observe.loop.evaluation.evaluated_targets import EvaluatedTargets
 from diag.watching.observe.loop.evaluation.novelty import Novelty
 from diag.watching.observe.loop.formula.depth import Depth
 from diag.watching.observe.loop.formula.formula import Formula
@@ -105,7 +106,7 @@ class LoopObserver:
         self._axes, self._evaluations = Axes(self.moment), Evaluations(self.moment)
         self._outputs, self._origin = ModelOutputs(), Origin(self.moment)
         self._columns, self._novelty = FeatureColumns(self.moment), Novelty(model, self.moment)
-        self._pairing = Pairing(self.moment)
+        self._pairing, self._evaluated_targets = Pairing(self.moment), EvaluatedTargets(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
         self._formula, self._depth = Formula(self.moment, names), Depth(names)
@@ -159,7 +160,7 @@ class LoopObserver:
         self._modes.training_call(args, kwargs)
         self._targets.training_call(args, kwargs)
         self._asked.training_call(args, kwargs)
-        self._inputs.training_call(args, kwargs)
+        self._inputs.training_call(args, kwargs, places)
         self._tokens.training_call(args, kwargs)
         self._stored.training_call(args, kwargs)
         self._contents.training_call(args, kwargs, places)
@@ -174,6 +175,7 @@ class LoopObserver:
         self._formula.training_call(args, kwargs, outputs)
         self._sequences.training_call(args, kwargs)
         self._masks.training_call(args, kwargs)
+        self._evaluated_targets.model_called(outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -187,8 +189,9 @@ class LoopObserver:
         """torch.manual_seed was called."""
         self._chance.seeded(seed)
 
-    def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called without gradients."""
+        self._evaluated_targets.model_called(outputs)
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
@@ -211,6 +214,7 @@ class LoopObserver:
         self._losses.called(function, args, kwargs, value)
         self.evaluated_data.loss_called(args, kwargs)
         self._targets.loss_called(function.__name__, args, kwargs)
+        self._evaluated_targets.loss_called(function.__name__, args, kwargs)
         self._asked.loss_called(function.__name__, args, kwargs)
         self._sequences.loss_called(function.__name__, args, kwargs)
         self._masks.loss_called(function.__name__, args, kwargs)
@@ -223,8 +227,9 @@ class LoopObserver:
         """A loss function of several tensors or of alignments returned a value that has a graph."""
         self._formula.loss_called(function, args, kwargs)
 
-    def loss_evaluated(self, value: Any) -> None:
+    def loss_evaluated(self, function: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
         """A loss function returned a value without a graph."""
+        self._evaluated_targets.evaluated(function.__name__, args, kwargs)
         self._modes.quiet_loss()
         self._evaluations.loss(value)
 
@@ -467,6 +472,7 @@ class LoopObserver:
             "paired": self._pairing.facts(),
             "columns": self._columns.facts(),
             "novelty": self._novelty.facts(),
+            "asked_in_evaluation": self._evaluated_targets.facts(),
             **self._formula.facts(),
             "sequences": self._sequences.facts(),
             "masks": self._masks.facts(),

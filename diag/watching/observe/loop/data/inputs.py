@@ -21,6 +21,9 @@ from diag.watching.observe.loop.moment import Moment, due
 INPUT_CALLS, EVALUATION_CALLS = 6, 4  # calls that are looked at, of training then ever fewer
 WIDTH, MOST_ROWS_READ = 4096, 128  # numbers of an example, and examples of a call, that are read
 FEWEST_OF_A_CALL = 8  # examples of a call
+DATA_PLACES_KEPT = 1024  # of a data set
+COLUMNS_COUNTED, NUMBERS_FOR_EACH_ROW = 64, 0.8  # columns of a call, and different numbers for each different row
+COLUMNS_OF_NUMBERS, NUMBERS_OF_COLUMN = 8, 5  # columns, and different numbers in each
 
 
 class Inputs:
@@ -35,9 +38,11 @@ class Inputs:
         self._shape: tuple[int, ...] | None = None
         self._alike = True
         self._others_differ = False
+        self._places: dict[int, float] = {}
+        self._continuous = True
 
-    def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """The model was called in training."""
+    def training_call(self, args: Any, kwargs: Mapping[str, Any], places: Any = ()) -> None:
+        """The model was called in training, with the rows at these places of a data set if that is known."""
         self._calls += 1
         if not (self._calls <= INPUT_CALLS or due(self._calls)):
             return
@@ -52,6 +57,11 @@ class Inputs:
         self._distinct += len(set(marks))
         self._different |= set(marks) if len(self._different) < 1 << 14 else set()
         self._sums.add(rows)
+        alone = len(tensors_in((args, dict(kwargs)))) == 1
+        if alone and len(places) >= len(rows) and len(self._places) < DATA_PLACES_KEPT:
+            for place, mark in zip(places, marks, strict=False):
+                self._places.setdefault(int(place), mark)
+            self._continuous &= _is_continuous(rows, len(set(marks)))
         self._shape = tuple(rows.shape[1:])
         self._moment.news(("inputs", self._looked), "inputs")
 
@@ -82,6 +92,9 @@ class Inputs:
             evaluated_deviation=self._evaluated_sums.deviation,
             shape_alike=self._alike,
             others_differ=self._others_differ,
+            places=len(self._places),
+            of_places=len(set(self._places.values())),
+            continuous=bool(self._places) and self._continuous,
         )
 
 
@@ -129,6 +142,17 @@ def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     if tensor is None or not fits or len(tensor) < FEWEST_OF_A_CALL or tensor.is_complex() or not tensor.numel():
         return None
     return tensor.detach()[:MOST_ROWS_READ].reshape(min(len(tensor), MOST_ROWS_READ), -1)[:, :WIDTH]
+
+
+def _is_continuous(rows: Tensor, different: int) -> bool:
+    """Whether some column has nearly as many different numbers as there are different rows, or several have more
+    than a few, as pixels do."""
+    if not rows.is_floating_point():
+        return False
+    columns = rows[:, :: -(-rows.shape[1] // COLUMNS_COUNTED)].sort(0).values
+    numbers = 1 + (columns[1:] != columns[:-1]).sum(0)
+    several = int((numbers >= NUMBERS_OF_COLUMN).sum()) >= COLUMNS_OF_NUMBERS
+    return several or int(numbers.max()) >= NUMBERS_FOR_EACH_ROW * different
 
 
 def _rows_differ(t: Tensor, rows: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.evaluated import ColumnFacts
+from diag.watching.observe.loop.evaluation.column_order import columns_moved
 from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
@@ -87,7 +88,8 @@ def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:
     apart = vary & ((ratio > SPREADS_APART) | (shift > SHIFTS_APART))
     found = apart.nonzero().flatten().tolist()
     one = found[0] if found else -1
-    standing, number = _standing(own, other) if training.shape[2] == 1 else ((), math.nan)
+    table = training.shape[2] == 1
+    standing, number = _standing(own, other) if table else ((), math.nan)
     return ColumnFacts(
         len(training),
         len(evaluated),
@@ -97,6 +99,7 @@ def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:
         tuple(float(t[one]) for t in (mean, spread, mean_, spread_)) if found else (),
         standing,
         number,
+        columns_moved(own, other) if table else (),
     )
 
 

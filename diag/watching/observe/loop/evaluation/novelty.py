@@ -25,6 +25,7 @@ TOKENS_READ, ROWS_OF_TOKENS = 1 << 14, 256  # of a call
 LATER_CALLS, EVALUATIONS_READ = 4, 8
 FEWEST_TOKENS_OF_ROW = 5  # of a sequence, for its pairs to be read
 ROWS_TOLD_APART = 1 << 14
+ROWS_MEASURED, SHORTEST_TENTH = 512, 0.1  # rows whose lengths are kept
 
 
 class _Seen:
@@ -40,6 +41,8 @@ class _Seen:
         self.counts = torch.zeros(0, dtype=torch.int64)  # of the tokens of sequences, without what fills their ends
         self.told = [0, 0, 0, 0]  # evaluation: tokens, new ones, pairs, known ones
         self.known_then = math.nan
+        self.lengths, self.evaluated_lengths = deque[int](maxlen=ROWS_MEASURED), deque[int](maxlen=ROWS_MEASURED)
+        self.evaluated_counts = torch.zeros(0, dtype=torch.int64)
 
     def add(self, t: Tensor) -> None:
         """A call of training."""
@@ -49,14 +52,9 @@ class _Seen:
         self.new.append(float((~self.tokens[t]).double().mean()))
         self.tokens[t.reshape(-1)] = True
         if t.ndim == 2 and t.shape[1] >= FEWEST_TOKENS_OF_ROW:
-            self._count(t)
+            self.counts = _counted(t, self.counts)
+            self.lengths.extend(_lengths(t))
             self._add_pairs(t)
-
-    def _count(self, t: Tensor) -> None:
-        inside = t[~(t == t[:, -1:]).flip(1).long().cumprod(1).bool().flip(1)]
-        counts = torch.bincount(inside, minlength=len(self.counts))
-        counts[: len(self.counts)] += self.counts
-        self.counts = counts
 
     def _add_pairs(self, t: Tensor) -> None:
         marks = [row.numpy().tobytes().rstrip(b"\0") for row in t]
@@ -78,12 +76,24 @@ class _Seen:
         known = int(self.tokens[inside].sum())
         self.told[0] += t.numel()
         self.told[1] += t.numel() - known
+        if t.ndim == 2 and t.shape[1] >= FEWEST_TOKENS_OF_ROW:
+            self.evaluated_counts = _counted(t, self.evaluated_counts)
+            self.evaluated_lengths.extend(_lengths(t))
         if t.ndim == 2 and t.shape[1] >= FEWEST_TOKENS_OF_ROW and self.known_pairs:
             found = pairs_in(t)
             self.told[2] += len(found)
             self.told[3] += int(self.pairs[found].sum())
             known_, all_ = (sum(n) for n in zip(*self.known_pairs, strict=True))
             self.known_then = known_ / all_ if all_ else math.nan
+
+    def one_new(self) -> tuple[int, float]:
+        """The most frequent token of evaluation that training never had, and its share; -1 where there is none."""
+        counts = self.evaluated_counts.clone()
+        known = self.tokens[: len(counts)]
+        counts[: len(known)][known] = 0
+        if not counts.any():
+            return -1, math.nan
+        return int(counts.argmax()), float(counts.max() / self.evaluated_counts.sum())
 
 
 class Novelty:
@@ -117,6 +127,7 @@ class Novelty:
 
     def _told(self, number: int, s: _Seen) -> NoveltyFacts:
         tokens, new, pairs, known = s.told
+        one_new, one_share = s.one_new()
         return NoveltyFacts(
             number,
             tokens,
@@ -130,6 +141,12 @@ class Novelty:
             distinct=int((s.counts > 0).sum()),
             common=int(s.counts.argmax()) if len(s.counts) else -1,
             share=float(s.counts.max() / s.counts.sum()) if s.counts.any() else math.nan,
+            one_new=one_new,
+            one_share=one_share,
+            rows=len(s.lengths),
+            evaluated_rows=len(s.evaluated_lengths),
+            short=sorted(s.lengths)[int(SHORTEST_TENTH * len(s.lengths))] if s.lengths else 0,
+            longest=max(s.evaluated_lengths, default=0),
         )
 
 
@@ -148,6 +165,24 @@ def _whole(args: Any, kwargs: Mapping[str, Any]) -> list[tuple[int, Tensor]]:
         if int(t.min()) >= 0 and int(t.max()) < LARGEST_TOKEN:
             found.append((number, t.long().contiguous()))
     return found
+
+
+def _inside(t: Tensor) -> Tensor:
+    """Which tokens of rows (n, length) are no last one, nor one like it that fills the end of its row."""
+    return ~(t == t[:, -1:]).flip(1).long().cumprod(1).bool().flip(1)
+
+
+def _counted(t: Tensor, before: Tensor) -> Tensor:
+    """How often each token occurs in rows, without what fills their ends, added to what was counted before."""
+    counts = torch.bincount(t[_inside(t)], minlength=len(before))
+    counts[: len(before)] += before
+    return counts
+
+
+def _lengths(t: Tensor) -> list[int]:
+    """The length of each row without what fills its end, which is one token twice or more."""
+    inside = _inside(t).sum(1)
+    return torch.where(inside == t.shape[1] - 1, t.shape[1], inside).tolist()
 
 
 def pairs_in(t: Tensor) -> Tensor:

@@ -1,0 +1,108 @@
+"""What a loss between numbers is asked for in evaluation, beside what it is asked for in training.
+
+Only calls on a whole output of the network as it is, the same one in both: where outputs are changed first (a scale
+that is undone, an exponential) the targets may be of another scale, and rightly so. What is on a device is not
+read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.snapshot.batch import tensors_in
+from diag.snapshot.loop.evaluated import AskedInEvaluation
+from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.data.targets import OF_NUMBERS
+from diag.watching.observe.loop.modes import is_dense
+from diag.watching.observe.loop.moment import Moment, due
+
+NUMBERS_OF_CALL, TARGET_CALLS_KEPT, CALLS_OF_EVALUATION, OUTPUTS_FOLLOWED = 512, 8, 8, 8
+FEWEST_NUMBERS_ASKED = 64
+LARGEST_WHOLE = 1 << 24  # beyond, float32 holds whole numbers alone
+QUARTILES = (0.25, 0.5, 0.75)
+
+
+class EvaluatedTargets:
+    """Follows the outputs of the model and the losses between numbers that are called on them."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._outputs: dict[tuple[int, int], int] = {}  # by where they lie in memory, and their size
+        self._calls = self._evaluations = 0
+        self._function, self._place = "", -1
+        self._asked: deque[Tensor] = deque(maxlen=TARGET_CALLS_KEPT)
+        self._evaluated: list[Tensor] = []
+
+    def model_called(self, outputs: Any) -> None:
+        """The model was called, in training or without gradients."""
+        tensors = enumerate(tensors_in(outputs)[:OUTPUTS_FOLLOWED])
+        self._outputs = {(t.data_ptr(), t.numel()): place for place, t in tensors if t.is_cpu and is_dense(t)}
+
+    def loss_called(self, function: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss function was called in training."""
+        if function not in OF_NUMBERS:
+            return
+        self._calls += 1
+        if self._calls > TARGET_CALLS_KEPT and not due(self._calls):
+            return
+        found = self._compared(args, kwargs)
+        if found is not None and (not self._asked or (function, found[0]) == (self._function, self._place)):
+            self._function, self._place = function, found[0]
+            self._asked.append(found[1])
+
+    def evaluated(self, function: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """A loss function was called without gradients."""
+        if function not in OF_NUMBERS or not self._asked or self._evaluations >= CALLS_OF_EVALUATION:
+            return
+        found = self._compared(args, kwargs)
+        if found is not None and found[0] == self._place:
+            self._evaluations += 1
+            self._evaluated.append(found[1])
+            self._moment.news(("evaluated targets", self._evaluations))
+
+    def _compared(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[int, Tensor] | None:
+        """Which of the network's outputs is compared as it is, and some of the numbers that it is compared with."""
+        values, targets = input_and_target(args, kwargs)
+        tensors = isinstance(values, Tensor) and isinstance(targets, Tensor)
+        if not tensors or not (values.is_cpu and targets.is_cpu and is_dense(values) and is_dense(targets)):
+            return None
+        place = self._outputs.get((values.data_ptr(), values.numel()))
+        if place is None or values.numel() != targets.numel() or not targets.numel():
+            return None
+        if not targets.is_floating_point() or (targets.data_ptr(), targets.numel()) in self._outputs:
+            return None
+        flat = targets.detach().reshape(-1)
+        return place, flat[:: -(-len(flat) // NUMBERS_OF_CALL)].double()
+
+    def facts(self) -> AskedInEvaluation:
+        """As plain data."""
+        if not self._evaluated:
+            return AskedInEvaluation(self._function)
+        own, other = torch.cat(list(self._asked)), torch.cat(self._evaluated)
+        own, other = own[own.isfinite()], other[other.isfinite()]
+        if min(len(own), len(other)) < FEWEST_NUMBERS_ASKED:
+            return AskedInEvaluation(self._function, len(own), len(other))
+        at = torch.tensor(QUARTILES, dtype=torch.float64)
+        return AskedInEvaluation(
+            self._function,
+            len(own),
+            len(other),
+            tuple(torch.quantile(own, at).tolist()),
+            tuple(torch.quantile(other, at).tolist()),
+            distinct=len(own.unique()),
+            whole=_whole(own),
+            evaluated_whole=_whole(other),
+        )
+
+
+def _whole(numbers: Tensor) -> float:
+    """The share of whole numbers; NaN where the format has no others."""
+    if float(numbers.abs().max()) >= LARGEST_WHOLE:
+        return math.nan
+    return float((numbers == numbers.round()).double().mean())

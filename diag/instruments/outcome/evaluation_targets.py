@@ -85,7 +85,7 @@ def _of_another_scale(a: AskedInEvaluation) -> LoopFinding:
         Level.WARNING,
         Cause.HELD_OUT_LABELS_DIFFER,
         f"The loss of evaluation is taken against other numbers than the network is trained on: {a.function} "
-        f"compares its outputs with targets around {format_number(middle_)} there (half of them between "
+        f"compares outputs with targets around {format_number(middle_)} there (half of them between "
         f"{format_number(low_)} and {format_number(high_)}), and around {format_number(middle)} in training "
         f"(between {format_number(low)} and {format_number(high)}).{logarithm}",
         "Compare both on one scale: undo on the outputs what was done to training's targets (outputs * std + mean, "

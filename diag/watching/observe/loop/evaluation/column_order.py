@@ -16,17 +16,18 @@ MOST_ORDERED, FEWEST_MOVED = 256, 2  # what is beyond was not read, so that it i
 ROWS_OF_ORDER = 64  # of a side
 ROUNDS = 8
 QUANTILES = 33
-# Mean of squared differences between a column's correlations, in what two samples of one source give; one of these
-# differences, in its standard deviations; distances between distributions (Kolmogorov-Smirnov) in theirs, whose
-# 99.99 % point is 2.2.
-FIT, ONE_CORRELATION = 2.5, 6.0
+# Mean of squared differences between a column's correlations, in standard errors above what two samples of one
+# source give; one of these differences, in its standard deviations; distances between distributions
+# (Kolmogorov-Smirnov) in theirs, whose 99.99 % point is 2.2.
+FIT, ONE_CORRELATION = 4.0, 6.0
 DISTANCE_FITS, DISTANCE_TOO_LARGE = 2.2, 4.0
 
 
 def columns_moved(own: Tensor, other: Tensor) -> tuple[tuple[int, int], ...]:
     """The columns of `other` (m, d) that are not what stands at their place in `own` (n, d) and are what stands at
     another, as (place there, place in `own`); none where the order is the same or not certain."""
-    d = own.shape[1]
+    # The same rows come again in each epoch and evaluation.
+    own, other, d = own.unique(dim=0), other.unique(dim=0), own.shape[1]
     if min(len(own), len(other)) < ROWS_OF_ORDER or not FEWEST_MOVED <= d < MOST_ORDERED:
         return ()
     pair, stay = _Pair(own.double(), other.double()), torch.arange(d)
@@ -60,7 +61,9 @@ class _Pair:
     def fits(self, order: Tensor) -> Tensor:
         """Whether each column fits the one that it is taken for."""
         at = self._distance[torch.arange(len(order)), order]
-        return (self._apart(order).sum(1) / (len(order) - 1) <= FIT) & (at <= DISTANCE_FITS)
+        others = len(order) - 1
+        alike = self._apart(order).sum(1) / others <= 1 + FIT * (2 / others) ** 0.5
+        return alike & (at <= DISTANCE_FITS)
 
     def unfit(self) -> Tensor:
         """Whether each is surely another than the one at its own place."""

@@ -24,6 +24,7 @@ from diag.watching.observe.loop.moment import Moment, due
 
 NUMBERS_OF_CALL, TARGET_CALLS_KEPT, CALLS_OF_EVALUATION, OUTPUTS_FOLLOWED = 512, 8, 8, 8
 FEWEST_NUMBERS_ASKED = 64
+LARGEST_OUTPUT, NUMBERS_BESIDE = 1 << 20, 16  # numbers of an output, and those that are looked at again
 LARGEST_WHOLE = 1 << 24  # beyond, float32 holds whole numbers alone
 QUARTILES = (0.25, 0.5, 0.75)
 
@@ -33,7 +34,8 @@ class EvaluatedTargets:
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        self._outputs: dict[tuple[int, int], int] = {}  # by where they lie in memory, and their size
+        # Held until the next call, so that nothing else can lie where they do; some numbers, as they were.
+        self._outputs: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
         self._calls = self._evaluations = 0
         self._function, self._place = "", -1
         self._asked: deque[Tensor] = deque(maxlen=TARGET_CALLS_KEPT)
@@ -42,7 +44,8 @@ class EvaluatedTargets:
     def model_called(self, outputs: Any) -> None:
         """The model was called, in training or without gradients."""
         tensors = enumerate(tensors_in(outputs)[:OUTPUTS_FOLLOWED])
-        self._outputs = {(t.data_ptr(), t.numel()): place for place, t in tensors if t.is_cpu and is_dense(t)}
+        small = ((p, t) for p, t in tensors if t.is_cpu and is_dense(t) and t.numel() <= LARGEST_OUTPUT)
+        self._outputs = {(t.data_ptr(), t.numel()): (p, t.detach(), _some(t)) for p, t in small}
 
     def loss_called(self, function: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function was called in training."""
@@ -72,13 +75,18 @@ class EvaluatedTargets:
         tensors = isinstance(values, Tensor) and isinstance(targets, Tensor)
         if not tensors or not (values.is_cpu and targets.is_cpu and is_dense(values) and is_dense(targets)):
             return None
-        place = self._outputs.get((values.data_ptr(), values.numel()))
-        if place is None or values.numel() != targets.numel() or not targets.numel():
+        found = self._outputs.get((values.data_ptr(), values.numel()))
+        if (
+            found is None
+            or not torch.equal(_some(values), found[2])
+            or values.numel() != targets.numel()
+            or not targets.numel()
+        ):
             return None
         if not targets.is_floating_point() or (targets.data_ptr(), targets.numel()) in self._outputs:
             return None
         flat = targets.detach().reshape(-1)
-        return place, flat[:: -(-len(flat) // NUMBERS_OF_CALL)].double()
+        return found[0], flat[:: -(-len(flat) // NUMBERS_OF_CALL)].double()
 
     def facts(self) -> AskedInEvaluation:
         """As plain data."""
@@ -99,6 +107,12 @@ class EvaluatedTargets:
             whole=_whole(own),
             evaluated_whole=_whole(other),
         )
+
+
+def _some(t: Tensor) -> Tensor:
+    """A few of its numbers, by which a change in place is told."""
+    flat = t.detach().reshape(-1)
+    return flat[:: 1 + len(flat) // NUMBERS_BESIDE].clone()
 
 
 def _whole(numbers: Tensor) -> float:

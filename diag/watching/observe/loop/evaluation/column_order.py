@@ -12,6 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
+from diag.linalg.assignment import best_assignment
+
 MOST_ORDERED, FEWEST_MOVED = 256, 2  # what is beyond was not read, so that it is not known where it went
 ROWS_OF_ORDER = 64  # of a side
 ROUNDS = 8
@@ -86,12 +88,10 @@ class _Pair:
     def _settled(self, cost: Tensor) -> Tensor:
         """From a first cost of taking each column there for each here: assigned, and assigned again by how well
         the correlations of a column there with the others fit those of each here under the last order."""
-        from scipy.optimize import linear_sum_assignment
-
-        order = torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
+        order = best_assignment(-cost)
         for _ in range(ROUNDS):
             sums = _squares_between(self._other, self._own[:, order]) * self._rows * len(order)
-            following = torch.from_numpy(linear_sum_assignment((self._distance.square() + sums).numpy())[1])
+            following = best_assignment(-(self._distance.square() + sums))
             if torch.equal(following, order):
                 break
             order = following

@@ -2,7 +2,7 @@
 
 A column is known by how its numbers are distributed and by how it goes with the others. An order is told only where
 every column fits the one that it is taken for, within what rows of one source differ by, and those that moved do
-not fit the column at their own place. Columns that nothing tells apart are taken to stand where they are.
+not fit the column at their own place. Columns that nothing tells apart are not told of.
 """
 
 from __future__ import annotations

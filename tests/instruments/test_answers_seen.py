@@ -99,3 +99,36 @@ def test_outputs_that_are_no_numbers_are_left_out():
     assert snapshots[0].quantity("later_tokens").change > 0.1
     with pytest.raises(diag.errors.MissingQuantity, match="not finite"):
         snapshots[1].quantity("later_tokens")
+
+
+class Attentive(nn.Module):
+    """One layer of attention with dropout, whose causal mask is made in these modes."""
+
+    def __init__(self, masked_in_training, norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(11, 16), nn.Linear(16, 11)
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.1, batch_first=True)
+        self.dropout, self.masked_in_training, self.norm = nn.Dropout(0.2), masked_in_training, norm
+
+    def forward(self, tokens):
+        x = self.dropout(self.embedding(tokens))
+        mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+        masked = self.masked_in_training or not self.training
+        x = x + self.attention(x, x, x, attn_mask=mask if masked else None)[0]
+        return self.head(x if self.norm is None else self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+def test_a_mask_that_training_goes_without_is_told():
+    (verdict,), _ = findings(Attentive(masked_in_training=False))
+    assert verdict.cause == Cause.ANSWER_IN_INPUT and "in training alone" in verdict.sentence
+
+
+def test_a_mask_in_both_modes_is_fine_under_dropout():
+    told, series = findings(Attentive(masked_in_training=True))
+    assert not told and series[-1][1].in_training < 1e-5
+
+
+def test_rows_that_see_each_other_in_training_are_not_judged_there():
+    told, series = findings(Attentive(masked_in_training=True, norm=nn.BatchNorm1d(16)))
+    assert not told and series[-1][1].in_training != series[-1][1].in_training

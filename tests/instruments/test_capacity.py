@@ -1,6 +1,7 @@
 """Dropout that leaves nothing and a classifier with one input are told; usual networks are not."""
 
 import pytest
+import torch
 from torch import nn
 
 import diag
@@ -40,3 +41,37 @@ def test_one_input_is_fine_where_nothing_is_classified():
 
 def test_a_model_without_such_layers_is_not_judged():
     assert judged(nn.ReLU()).level == "not_applicable"
+
+
+def trained(model, inputs=6):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with diag.watch(model, instruments=["capacity"]) as watcher:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(8, inputs)).square().mean().backward()
+            optimizer.step()
+    return [f.verdict for f in watcher.findings]
+
+
+@pytest.mark.parametrize(
+    "between", [[], [nn.Dropout(0.1)], [nn.BatchNorm1d(16)]], ids=["nothing", "dropout", "batch norm"]
+)
+def test_layers_without_an_activation_function_are_told(between):
+    (verdict,) = trained(nn.Sequential(nn.Linear(6, 16), *between, nn.Linear(16, 16), nn.Linear(16, 3)))
+    assert verdict.cause == Cause.UNDERFITTING and "its 3 linear layers" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Linear(6, 3)],
+        [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)],
+        [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 3)],  # a projection before the last layer
+        [nn.Linear(6, 2, bias=False), nn.Linear(2, 6)],  # narrower than both: principal components
+        [nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 3)],
+        [nn.Sequential(nn.Linear(6, 16), nn.Tanh()).requires_grad_(False), nn.Linear(16, 16), nn.Linear(16, 3)],
+    ],
+    ids=["one layer", "usual", "projection", "narrow", "layer norm", "frozen"],
+)
+def test_networks_that_are_not_linear_or_are_so_for_a_reason_are_fine(layers):
+    assert trained(nn.Sequential(*layers)) == []

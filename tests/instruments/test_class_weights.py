@@ -18,8 +18,18 @@ def judged(counts, weights, **more):
     return diag.class_weights(loop=Loop(step=9, losses=losses + more.get("others", ()), batches=batches)).verdict()
 
 
-def binary(share, weight):
-    loss = LossFacts("binary_cross_entropy_with_logits", positive_weight=weight, positives=share, weighted=True)
+def binary(share, weight, entries=100_000):
+    return columns([weight], [share], entries)
+
+
+def columns(weights, shares, entries=100_000):
+    loss = LossFacts(
+        "binary_cross_entropy_with_logits",
+        positive_weights=tuple(weights),
+        ones=tuple(share * entries for share in shares),
+        entries=entries,
+        weighted=True,
+    )
     return diag.class_weights(loop=Loop(step=9, losses=(loss,))).verdict()
 
 
@@ -57,6 +67,9 @@ def test_weights_that_even_out_or_choose_are_fine(counts, weights):
 def test_the_weight_of_positives_is_judged_by_their_share():
     assert binary(0.6, 1000.0).cause == Cause.CLASS_WEIGHTS_WRONG
     assert binary(0.01, 99.0).level == "ok"
+    assert binary(0.1, 3.0).level == "ok"  # the square root of what evens out
+    assert binary(0.1, 27.0).level == "ok"
+    assert binary(0.1, 0.5).level == "ok"  # fewer false positives, on purpose
     assert binary(0.001, 1000.0).level == "ok"
 
 
@@ -83,3 +96,39 @@ def test_the_weights_of_a_watched_loop_are_read_from_the_loss(binary_loss):
             loss.backward()
             optimizer.step()
     assert [f.verdict.cause for f in watcher.findings] == [Cause.CLASS_WEIGHTS_WRONG]
+
+
+def test_a_weight_of_ones_far_above_what_evens_out_is_told_with_that():
+    verdict = binary(0.05, 1000.0)
+    assert verdict.cause == Cause.CLASS_WEIGHTS_WRONG and "19 evens the two out" in verdict.sentence
+
+
+def test_a_weight_that_makes_rare_ones_count_less_still_is_told():
+    verdict = binary(0.1, 0.1 / 0.9)
+    assert verdict.cause == Cause.CLASS_WEIGHTS_WRONG and "count less still" in verdict.sentence
+    assert binary(0.1, 0.001).cause == Cause.CLASS_WEIGHTS_WRONG
+
+
+def test_a_share_of_ones_that_a_few_rows_do_not_tell_is_left_alone():
+    assert binary(2 / 16, 99.0, entries=16).level == "ok"
+    assert binary(2 / 16, 0.1, entries=16).level == "ok"
+
+
+def test_weights_of_several_columns_are_judged_by_their_own_shares():
+    assert columns([9.0, 999.0], [0.1, 0.001]).level == "ok"
+    verdict = columns([0.1, 0.01, 1.0], [0.1, 0.01, 0.5])
+    assert verdict.cause == Cause.CLASS_WEIGHTS_WRONG and "in 2 of 3 columns" in verdict.sentence
+
+
+def test_shares_of_columns_are_seen_where_there_is_a_weight_for_each():
+    model = nn.Linear(4, 3)
+    targets = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]).repeat(16, 1)
+    with diag.watch(model, instruments=["class_weights"]) as watcher:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            weights = torch.tensor([1.0, 300.0, 1.0])
+            F.binary_cross_entropy_with_logits(model(torch.randn(64, 4)), targets, pos_weight=weights).backward()
+            optimizer.step()
+    (finding,) = watcher.findings
+    assert "300" in finding.verdict.sentence and "in 1 of 3 columns" in finding.verdict.sentence

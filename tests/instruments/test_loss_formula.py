@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
-from diag.instruments.loss.loss_formula import FORMULA_RULES
+from diag.instruments.loss.formula_rules import FORMULA_RULES
 from diag.snapshot.loop.arithmetic import FormulaFacts, Odd, Oddity
 from diag.snapshot.loop.facts import Loop
 

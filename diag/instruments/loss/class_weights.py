@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -24,6 +24,10 @@ Shares = NDArray[numpy.float64]
 FAR_BELOW, NEXT_TO_NOTHING = 0.1, 0.01
 MANY_EXAMPLES = 0.25  # of the examples, for the neglected classes together
 LABELS_COUNTED = 64  # fewer say too little of how often a class occurs
+# Of the ones of binary cross-entropy: how many times their weight exceeds the one that evens them out; and the
+# weight below which rare ones count less still, where it is hardly more than the inverse of that one.
+FAR_ABOVE_EVEN, FAR_BELOW_ONE, NEAR_INVERSE = 10.0, 0.25, 1.5
+STANDARD_ERRORS_OF_COUNTS = 3.0  # of a count
 # How much more frequent a class, and larger its weight, must be to be told apart; nearly all pairs must agree.
 RATIO_TOLD_APART, AGREE = 1.5, 0.9
 
@@ -48,12 +52,13 @@ def class_weights(loop: Loop, *, nothing: Share = NEXT_TO_NOTHING) -> ClassWeigh
     binary_cross_entropy_with_logits and the labels counted. The part of the loss that a class has is its number of
     examples times its weight, over the sum of these. Classes with a quarter of the examples that have less than
     `nothing` of it, each ten times less than an even part and than without weights, are a warning: they hardly
-    count. So are weights that are larger for the more frequent classes. A weight of zero leaves a class out on
-    purpose.
+    count. So are weights that are larger for the more frequent classes, and a weight of the ones of binary
+    cross-entropy of over ten times what evens out ones and zeros, or one that makes rare ones count less still. A
+    weight of zero leaves a class out on purpose.
 
     Raises nothing of its own.
     """
-    kinds = [f for f in loop.losses if f.class_weights or math.isfinite(f.positive_weight)]
+    kinds = [f for f in loop.losses if f.class_weights or f.positive_weights]
     known = Precondition("class weights", bool(kinds), "the loss was given no class weights.")
     fine = "Of classes with a weight above zero none was found that the weights leave next to nothing of the loss."
     findings = [found for f in kinds for found in _findings(f, loop, nothing)]
@@ -61,9 +66,7 @@ def class_weights(loop: Loop, *, nothing: Share = NEXT_TO_NOTHING) -> ClassWeigh
 
 
 def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]:
-    if math.isfinite(f.positive_weight) and 0 < f.positives < 1:
-        shares, weights = (1 - f.positives, f.positives), (1.0, f.positive_weight)
-        yield from _neglected(f, numpy.array(shares), numpy.array(weights), nothing)
+    yield from _of_ones(f)
     # Labels are counted over all losses: with several, it is not known which are this one's.
     alone = sum(other.of_log_probabilities for other in loop.losses) == 1
     counted = _shares(loop.batches.label_counts, len(f.class_weights)) if f.class_weights and alone else None
@@ -74,6 +77,42 @@ def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]
     yield from neglected
     if not neglected and _wrong_way(counted, weight_array):
         yield _the_wrong_way(f, counted, weight_array)
+
+
+def _of_ones(f: LossFacts) -> Iterator[LoopFinding]:
+    """What the weights of the ones leave ones and zeros of binary cross-entropy."""
+    columns = list(zip(f.positive_weights, f.ones, strict=False))
+    # What a few more ones by chance would say is not told.
+    counted = [(w, n / f.entries, _at_least(n) / f.entries) for w, n in columns]
+    large = [(w * s / (1 - s), w, s) for w, s, low in counted if w > 1 > s and w * low > FAR_ABOVE_EVEN * (1 - low)]
+    small = [(w, w, s) for w, s, low in counted if 0 < w < FAR_BELOW_ONE and w * (1 - low) < NEAR_INVERSE * low]
+    if large:
+        times, weight, share = max(large)
+        yield _finding(
+            f"pos_weight={format_number(weight)} makes the ones count {format_number(times)} times as much as the "
+            f"zeros together{_of_columns(large, columns)}: they are {format_share(share)} of the targets of "
+            f"{f.function}, and {format_number((1 - share) / share)} evens the two out.",
+            f.first_step,
+        )
+    if small:
+        _, weight, share = min(small)
+        part = weight * share / (weight * share + 1 - share)
+        yield _finding(
+            f"pos_weight={format_number(weight)} makes the ones, {format_share(share)} of the targets of "
+            f"{f.function}, count less still{_of_columns(small, columns)}: {format_share(part)} of the loss, where "
+            f"{format_number((1 - share) / share)} evens the two out.",
+            f.first_step,
+        )
+
+
+def _at_least(count: float) -> float:
+    """What a count of independent things is at least, but for chance."""
+    return max(count - STANDARD_ERRORS_OF_COUNTS * math.sqrt(count), 0.0)
+
+
+def _of_columns(found: Sequence[object], columns: Sequence[object]) -> str:
+    """How many of several columns are found."""
+    return f" in {len(found):,} of {len(columns):,} columns" if len(columns) > 1 else ""
 
 
 def _shares(counts: Mapping[int, int], classes: int) -> Shares | None:
@@ -94,7 +133,7 @@ def _neglected(f: LossFacts, shares: Shares, weights: Shares, nothing: float) ->
     few = (parts > 0) & (parts < FAR_BELOW * numpy.minimum(shares, even))
     if not few.any() or shares[few].sum() < MANY_EXAMPLES or parts[few].sum() >= nothing:
         return
-    names = [f"class {k}" for k in range(len(parts))] if f.class_weights else ["the zeros", "the ones"]
+    names = [f"class {k}" for k in range(len(parts))]
     most, least = int(parts.argmax()), int(numpy.where(few, shares, 0.0).argmax())
     yield _finding(
         f"The weights of {f.function} leave {format_share(float(shares[few].sum()))} of the examples "

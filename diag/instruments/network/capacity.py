@@ -33,16 +33,34 @@ class Capacity(LoopCheck):
     "however long it trains.",
 )
 def capacity(loop: Loop, *, dropped: Share = DROPPED) -> Capacity:
-    """Whether dropout leaves nearly no units, or a classifier has a single number to separate its classes by.
+    """Whether dropout leaves nearly no units, a classifier has a single number to separate its classes by, or no
+    activation function stands between the layers.
 
     loop: the facts of the loop, with the model's last linear layer and dropout modules. A warning where a dropout
-    module has a rate of `dropped` or more, and where the last linear layer, which gives the logits of a
-    classification loss, has one input. Raises nothing of its own.
+    module has a rate of `dropped` or more, where the last linear layer, which gives the logits of a classification
+    loss, has one input, and where the graph shows a network of linear layers alone. Raises nothing of its own.
     """
     shape = loop.shape
     known = Precondition("layers", bool(shape.head or shape.dropouts), "no linear layer and no dropout was seen.")
     fine = "Neither dropout nor the last layer cuts off nearly all of the signal."
-    return judged(Capacity, loop.step, list(_findings(loop, dropped)), fine, preconditions=(known,))
+    findings = [*_findings(loop, dropped), *_linear(loop)]
+    return judged(Capacity, loop.step, findings, fine, preconditions=(known,))
+
+
+def _linear(loop: Loop) -> Iterator[LoopFinding]:
+    names = loop.depth.linear
+    if not names:
+        return
+    yield LoopFinding(
+        Level.WARNING,
+        Cause.UNDERFITTING,
+        f"The network is linear in its input: no activation function stands between its {len(names)} linear "
+        "layers, so that together they can do no more than one of them.",
+        "Put an activation function after each linear layer but the last: nn.ReLU(), nn.GELU().",
+        "A network that is meant to be linear.",
+        step=1,
+        layers=tuple(name.rpartition(".")[0] for name in names),
+    )
 
 
 def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:

@@ -130,11 +130,11 @@ class LossFacts:
     differ. lowest, highest: of the targets of binary cross-entropy; several: the largest number of classes that one
     row of zeros and ones has, where softmax is taken over them. averaged: of a loss that is not reduced, backward()
     was called on its plain mean; ascended: it enters what backward() is called on with a minus sign. weighted:
-    class weights were given, class_weights: these, one for each class, and positive_weight that of the ones of
-    binary cross-entropy (the largest of several; NaN where none is known); positives: the share of ones among its
-    targets, a running mean. flat: the function whose derivative is zero that made the input ("round()").
-    evenness: of targets that are distributions over classes, the smallest mean entropy of a call over the largest
-    that it can be, in `even_calls` calls.
+    class weights were given, class_weights: these, one for each class, and positive_weights those of the ones of
+    binary cross-entropy, one for each column of the targets or one for all; ones, entries: of each such column,
+    the ones among its targets, and how many targets there were, in the calls looked at. flat: the function whose
+    derivative is zero that made the input ("round()"). evenness: of targets that are distributions over classes,
+    the smallest mean entropy of a call over the largest that it can be, in `even_calls` calls.
     like: of the loop's own arithmetic (function ""), the function of torch that all of what backward() is called on
     amounts to, "" where that is not known."""
 
@@ -169,8 +169,9 @@ class LossFacts:
     ascended: bool = False
     weighted: bool = False
     class_weights: tuple[float, ...] = ()
-    positive_weight: float = math.nan
-    positives: float = math.nan
+    positive_weights: tuple[float, ...] = ()
+    ones: tuple[float, ...] = ()
+    entries: int = 0
     flat: str = ""
     evenness: float = math.nan
     even_calls: int = 0

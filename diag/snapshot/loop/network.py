@@ -89,10 +89,12 @@ class CopyFacts:
 class DepthFacts:
     """Which weights stand one behind the other in the graph of the loss. chains: for each weight that no other
     comes after, the longest way to it from weight to weight, the longest way first; placed: the weights of which
-    it is known after which others they come."""
+    it is known after which others they come. linear: the weights of a network that is nothing but linear layers one
+    behind the other, without an activation function, in each backward pass that was read; the last layer first."""
 
     chains: tuple[tuple[str, ...], ...] = ()
     placed: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

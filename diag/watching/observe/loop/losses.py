@@ -37,7 +37,6 @@ ROOTS = 8
 ROWS_CHECKED = 64
 NODES_TO_INPUT = 24
 OF_DISTRIBUTIONS = ("kl_div", "cross_entropy")
-NEWEST = 0.1  # weight of the newest batch in a running mean
 MOST_CLASSES = 4096  # whose weights are kept
 FLAT = {"Round": "round()", "Sign": "sign()", "Floor": "floor()", "Ceil": "ceil()", "Trunc": "trunc()"}
 MADE_BY = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid", "LogSigmoid": "log_sigmoid"}
@@ -151,7 +150,11 @@ class Losses:
     def _range(self, kind: LossFacts, target: Tensor) -> None:
         if kind.function in OF_BINARY_TARGETS and target.numel():
             numbers = target.detach().float()
-            self._read(kind, "range", torch.stack((*numbers.aminmax(), numbers.mean())))
+            self._read(kind, "range", torch.stack(numbers.aminmax()))
+            columns = len(kind.positive_weights)
+            if columns == 1 or (columns and target.ndim > 1 and target.shape[-1] == columns):
+                self._read(kind, "ones", numbers.reshape(-1, columns).sum(0))
+                kind.entries += target.numel() // columns
         shares = kind.function == "cross_entropy" or (kind.function in OF_BINARY_TARGETS and kind.over_axis == 1)
         if shares and target.is_floating_point() and target.ndim > 1:
             ones = target.detach()
@@ -177,6 +180,10 @@ class Losses:
         if what == "distributions":
             self._note_distributions(kind, values)
             return
+        if what == "ones":
+            before = kind.ones or (0.0,) * len(values)
+            kind.ones = tuple(b + v for b, v in zip(before, values.tolist(), strict=True))
+            return
         kind.checked += 1
         probabilities, logs = are_probabilities(values)
         kind.probabilities += probabilities
@@ -189,8 +196,6 @@ class Losses:
             kind.several = max(kind.several, int(values))
             return
         kind.lowest, kind.highest = min(kind.lowest, float(values[0])), max(kind.highest, float(values[1]))
-        before = kind.positives if math.isfinite(kind.positives) else float(values[2])
-        kind.positives = before + (float(values[2]) - before) * NEWEST
 
     def _note_distributions(self, kind: LossFacts, rows: Tensor) -> None:
         if not are_probabilities(rows)[0]:
@@ -276,7 +281,7 @@ class Losses:
             padding=self._paddings.get(compared.shape[1]) if tokens else None,
             weighted=arguments.get("weight") is not None or arguments.get("pos_weight") is not None,
             class_weights=_numbers(arguments.get("weight")) if function.__name__ in OF_LOG_PROBABILITIES else (),
-            positive_weight=max(_numbers(arguments.get("pos_weight")), default=math.nan),
+            positive_weights=_numbers(arguments.get("pos_weight")),
             label_smoothing=float(smoothing) if isinstance(smoothing, (int, float)) else 0.0,
         )
 

@@ -25,7 +25,6 @@ from diag.watching.observe.loop.formula.chains import (
     is_even_power,
     one_view,
     sides_of,
-    sign_of,
 )
 from diag.watching.observe.loop.formula.parts import LONGEST_CHAIN, Summand, given_shape, within
 
@@ -205,40 +204,6 @@ def squared_mean(parts: list[Summand]) -> Iterator[OddFound]:
     if inside is not None and kind_of(inside) in ("Sub", "Rsub") and len(sides_of(inside)) == 1:
         kind = Odd.MEAN_SQUARED if part.is_square else Odd.MEAN_ABSOLUTE
         yield OddFound(kind, {"entries": float(math.prod(sizes))})
-
-
-def likelihood(parts: list[Summand]) -> Iterator[OddFound]:
-    """Log-probabilities of what was observed that the loss adds instead of subtracting."""
-    logs = [p for p in parts if p.kind in ("Log", "LogSigmoid") and p.factors]
-    others = [p for p in parts if not any(p is q for q in logs)]
-    if len(logs) == 2 and not others and all(sign_of(p.number, p.factors) > 0 for p in logs):
-        one, other = (p.weights for p in logs)
-        shared = one.shape == other.shape and one.numel() >= FEWEST_IN_A_LOSS
-        if shared and _complementary(one, other) and all(map(_of_probabilities, logs)):
-            yield OddFound(Odd.LIKELIHOOD_DESCENDED, {"entries": float(one.numel())})
-    picked = [p for p in parts if p.kind in ("Gather", "Index") and not p.factors and _of_log_softmax(p.node)]
-    if picked and len(picked) == len(parts) and all(p.number > 0 for p in picked):
-        yield OddFound(Odd.LIKELIHOOD_DESCENDED, {"entries": float(math.prod(picked[0].shape))})
-
-
-def _complementary(one: Tensor, other: Tensor) -> bool:
-    """Whether the two are y and 1 - y times one number, of labels that differ."""
-    whole = one + other
-    return bool(torch.allclose(whole, whole.reshape(-1)[0].expand_as(whole), rtol=1e-4)) and bool(
-        ((one == 0) | (other == 0)).all() and (one > 0).any() and (other > 0).any()
-    )
-
-
-def _of_probabilities(p: Summand) -> bool:
-    kept = getattr(p.node, "_saved_self", None)
-    if p.kind == "LogSigmoid":
-        return True
-    return isinstance(kept, Tensor) and kept.is_cpu and bool(((kept > 0) & (kept <= 1)).all())
-
-
-def _of_log_softmax(node: Any) -> bool:
-    made = behind_views(argument_of(node)[0])
-    return made is not None and kind_of(made) == "LogSoftmax"
 
 
 def summed(root: Tensor, rows: int) -> Iterator[OddFound]:

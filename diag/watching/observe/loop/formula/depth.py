@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, parents_of
 from diag.snapshot.loop.network import DepthFacts
+from diag.watching.observe.loop.formula.linear import linear_layers
 from diag.watching.observe.loop.moment import due
 
 PASSES_READ = 10  # passes up to this one, of those at which everything is looked at
@@ -48,6 +49,7 @@ class Depth:
     _numbers: dict[str, int] = field(default_factory=dict)
     _before: list[int] = field(default_factory=list)  # of each weight, those that it comes after, as bits
     _placed: set[int] = field(default_factory=set)
+    _linear: list[tuple[int, ...]] = field(default_factory=list)  # of each pass that was read
     _facts: DepthFacts | None = field(default_factory=DepthFacts)
 
     def backward_called(self, roots: Any) -> None:
@@ -59,6 +61,7 @@ class Depth:
         nodes = None if root is None or root.grad_fn is None else _in_order(root.grad_fn)
         if nodes:
             self._read(nodes)
+            self._linear.append(linear_layers(nodes, self.names))
             self._facts = None
 
     def _read(self, nodes: list[Any]) -> None:
@@ -104,6 +107,7 @@ class Depth:
             self._facts = DepthFacts(
                 tuple(tuple(names[i] for i in chain) for chain in chains),
                 tuple(names[i] for i in sorted(self._placed)),
+                tuple(self.names.get(i, "") for i in self._linear[-1]) if all(self._linear) else (),
             )
         return self._facts
 

@@ -18,7 +18,6 @@ from diag.watching.observe.loop.formula.chains import OddFound
 from diag.watching.observe.loop.formula.compared import (
     beyond,
     flat_derivative,
-    likelihood,
     one_kind,
     outputs_cut,
     pairs,
@@ -26,6 +25,8 @@ from diag.watching.observe.loop.formula.compared import (
     summed,
 )
 from diag.watching.observe.loop.formula.denoisers import Denoisers
+from diag.watching.observe.loop.formula.labels.likelihoods import likelihood, softmax_of_one
+from diag.watching.observe.loop.formula.labels.pulls import PULLED_AWAY_SHARE, Pulled, listen
 from diag.watching.observe.loop.formula.noise import noise
 from diag.watching.observe.loop.formula.parts import Summand
 from diag.watching.observe.loop.formula.scales import flows, scales
@@ -81,15 +82,32 @@ class Oddities:
         zeros, self._cut = next(filter(None, self._cut), 0), []
         inputs, self._inputs = self._inputs, set()
         self._looked += 1
-        for kind, (_, numbers, of) in {f.kind: f for f in self._odd(root, parts, zeros, inputs)}.items():
-            before = self._found.get(kind)
-            first, seen = (before.first, before.seen) if before is not None else (self._moment.step, 0)
-            self._found[kind] = Oddity(kind, self._looked, seen + 1, first, numbers, of)
-            if seen + 1 in LOOKS_THAT_TELL:
-                self._moment.news(("odd", kind, seen), "formula")
-
-    def _odd(self, root: Tensor, parts: list[Summand], zeros: int, inputs: set[int]) -> Iterator[OddFound]:
         nodes = list(nodes_before([root.grad_fn], NODES_OF_DERIVATIVES))  # the nearest first
+        for found in {f.kind: f for f in self._odd(root, nodes, parts, zeros, inputs)}.values():
+            self._keep(found)
+        if parts:
+            listen(root, parts, self._pulled)
+
+    def _keep(self, odd: OddFound) -> None:
+        """It was seen at the look under way."""
+        before = self._found.get(odd.kind)
+        first, seen = (before.first, before.seen) if before is not None else (self._moment.step, 0)
+        if before is None or before.looked < self._looked:
+            self._found[odd.kind] = Oddity(odd.kind, self._looked, seen + 1, first, odd.numbers, odd.of)
+        if seen + 1 in LOOKS_THAT_TELL:
+            self._moment.news(("odd", odd.kind, seen), "formula")
+
+    def _pulled(self, pull: Pulled | None, of: str) -> None:
+        """The backward pass that is looked at has come to the outputs."""
+        before = self._found.get(Odd.PULLED_AWAY)
+        if pull is not None and pull.share >= PULLED_AWAY_SHARE:
+            self._keep(OddFound(Odd.PULLED_AWAY, {"share": pull.share, "label": float(pull.of)}, of))
+        elif pull is None and before is not None and before.of == of:  # no gradient is left
+            self._keep(OddFound(Odd.PULLED_AWAY, dict(before.numbers), before.of))
+
+    def _odd(
+        self, root: Tensor, nodes: list[Any], parts: list[Summand], zeros: int, inputs: set[int]
+    ) -> Iterator[OddFound]:
         near = nodes[:NODES_NEAR]
         if parts:
             yield from scales(parts)
@@ -103,6 +121,7 @@ class Oddities:
         yield from beyond(near)
         if zeros:
             yield OddFound(Odd.OUTPUTS_CUT, {"outputs": float(zeros)})
+        yield from softmax_of_one(root)
         yield from noise(root, inputs)
         yield from self._denoisers.found()
         yield from summed(root, self._rows)

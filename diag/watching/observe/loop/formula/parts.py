@@ -82,8 +82,13 @@ class Summand:
 def parts_of(root: Tensor, ends: Container[int] = ()) -> list[Summand]:
     """The parts of a number, the nearest first; none where there are too many. ends: numbers of nodes that are
     parts, whatever they are made of."""
+    return parts_behind(Summand(root.grad_fn, root.output_nr, 1.0), ends)
+
+
+def parts_behind(whole: Summand, ends: Container[int] = ()) -> list[Summand]:
+    """The same of any part of it."""
     found: list[Summand] = []
-    waiting = deque([Summand(root.grad_fn, root.output_nr, 1.0)])
+    waiting = deque([whole])
     for _ in range(NODES_OF_PARTS):
         if not waiting:
             return found

@@ -64,9 +64,9 @@ def likenesses_of(parts: list[Summand]) -> Iterator[Likeness]:
         elif p.kind == "LogSoftmax" and p.factors:
             found = p.node._saved_result, _single(p.weights), before
         elif kind_of(before) == "LogSoftmax":
-            found = before._saved_result, _picked(p), parents_of(before)[0]
+            found = before._saved_result, picked_answers(p), parents_of(before)[0]
         elif id(before) in normalisers:
-            found = getattr(normalisers[id(before)].node, "_saved_self", None), _picked(p), before
+            found = getattr(normalisers[id(before)].node, "_saved_self", None), picked_answers(p), before
         if found is not None and (kept := _kept(*found)) is not None:
             yield kept
 
@@ -81,7 +81,7 @@ def _kept(values: Any, targets: Any, node: Any) -> Likeness | None:
     return Likeness(some, asked, node, len(values)) if bool(inside.all()) else None
 
 
-def _picked(p: Summand) -> Tensor | None:
+def picked_answers(p: Summand) -> Tensor | None:
     """Which entry of each row an operation takes, where it takes one of each, in order."""
     shape = given_shape(*p.node.next_functions[0])
     if shape is None or len(shape) != 2:

@@ -58,7 +58,7 @@ def trained(model, inputs=6):
 )
 def test_layers_without_an_activation_function_are_told(between):
     (verdict,) = trained(nn.Sequential(nn.Linear(6, 16), *between, nn.Linear(16, 16), nn.Linear(16, 3)))
-    assert verdict.cause == Cause.UNDERFITTING and "its 3 linear layers" in verdict.sentence
+    assert verdict.cause == Cause.UNDERFITTING and "the network's 3 linear layers" in verdict.sentence
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ def _linear(loop: Loop) -> Iterator[LoopFinding]:
     yield LoopFinding(
         Level.WARNING,
         Cause.UNDERFITTING,
-        f"The network is linear in its input: no activation function stands between its {len(names)} linear "
-        "layers, so that together they can do no more than one of them.",
+        f"No activation function stands between the network's {len(names)} linear layers, so that together they "
+        "can do no more than one of them.",
         "Put an activation function after each linear layer but the last: nn.ReLU(), nn.GELU().",
         "A network that is meant to be linear.",
         step=1,

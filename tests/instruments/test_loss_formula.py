@@ -379,6 +379,7 @@ def test_all_looks_are_needed_and_three_at_least():
 def test_each_kind_has_a_rule_whose_texts_are_complete():
     names = [
         "exponent",
+        "label",
         "share",
         "least",
         "layers",

@@ -21,7 +21,9 @@ from diag.watching.observe.loop.formula.parts import Summand, given_shape, parts
 from diag.watching.observe.loop.formula.sides.likeness import picked_answers
 
 FEWEST_PULLED = 8  # numbers with a gradient
-PULLED_AWAY_SHARE = 0.95  # the share of them that is pulled away from its label
+PULLED_AWAY_SHARE = (
+    0.9  # the share of them that is pulled away from its label; of a loss that learns it is near none
+)
 NODES_OF_CLASSES = ("NllLoss", "NllLoss2D")
 NODES_OF_FLAGS = ("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits")
 PICKING = ("Gather", "Index")
@@ -57,7 +59,8 @@ def listen(root: Tensor, parts: list[Summand], tell: Tell) -> None:
         return
     plain = {p.node for p in parts}
     in_a_sum = any(kind_of(n) in (*NODES_OF_CLASSES, *NODES_OF_FLAGS, *PICKING) for n in plain)
-    found = [a for a in _asked([n for n in nodes if n not in plain]) if a.node is not None]
+    looked = [n for n in nodes if n not in plain or kind_of(n) == "Div"]  # an overlap may be all of a term
+    found = [a for a in _asked(looked) if a.node is not None]
     for of in dict.fromkeys(a.of for a in found):
         one, *more = [a for a in found if a.of == of]
         if of == OF_AN_OVERLAP or not (more or in_a_sum):  # of several overlaps each class has its own

@@ -380,6 +380,8 @@ def test_each_kind_has_a_rule_whose_texts_are_complete():
     names = [
         "exponent",
         "label",
+        "axis",
+        "given",
         "share",
         "least",
         "layers",

@@ -31,11 +31,11 @@ NO_LABEL = -1
 
 
 class LabelsAsked(NamedTuple):
-    """Outputs, as output number `index` of a node, and what the labels say of them: class numbers, whose axis is
+    """Outputs, as output `number` of a node, and what the labels say of them: class numbers, whose axis is
     the second of the outputs, or zeros and ones of the outputs' shape. of: the kind of loss that asks."""
 
     node: Any
-    index: int
+    number: int
     labels: Tensor
     of: str
 
@@ -64,7 +64,7 @@ def listen(root: Tensor, parts: list[Summand], tell: Tell) -> None:
     for of in dict.fromkeys(a.of for a in found):
         one, *more = [a for a in found if a.of == of]
         if of == OF_AN_OVERLAP or not (more or in_a_sum):  # of several overlaps each class has its own
-            one.node.register_prehook(partial(_taken, tell, one.index, one.labels, of))
+            one.node.register_prehook(partial(_taken, tell, one.number, one.labels, of))
 
 
 def _taken(tell: Tell, index: int, labels: Tensor, of: str, gradients: Any) -> None:

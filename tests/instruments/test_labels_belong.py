@@ -115,3 +115,20 @@ def test_targets_of_a_regression(function):
     assert result.by_heart and LabelsBelong.trend([(150, result)]).cause == Cause.LABELS_SHUFFLED
     constant = loss(targets.mean().expand_as(targets), targets)
     assert result.gain == pytest.approx(float(constant - given["losses"].mean()), rel=1e-5)
+
+
+def test_ids_that_hardly_two_rows_share_say_nothing():
+    users, items = (torch.randint(3_000, (200,), generator=random(s)) for s in (1, 2))
+    ratings = torch.randn(200, generator=random(3))
+    arguments = {"history": record(), "losses": ratings.square(), "targets": ratings}
+    alone = diag.labels_belong(inputs=torch.stack([users, items], 1), **arguments)
+    assert alone.verdict().level == "not_applicable"
+    shared = diag.labels_belong(inputs=torch.stack([users % 9, items % 9], 1), **arguments)
+    assert shared.verdict().level == "unknown" and shared.p_value > 0.05
+
+
+def test_weights_that_decay_has_taken_are_no_sign_against_the_labels():
+    whole = record()
+    decayed = dataclasses.replace(whole, parameter_norm=whole.parameter_norm * numpy.linspace(1, 0.1, 150)[:, None])
+    assert measured(SHUFFLED, NOTHING, NOTHING).works
+    assert not measured(SHUFFLED, NOTHING, NOTHING, history=decayed).works

@@ -269,5 +269,11 @@ def test_weights_that_start_too_large_are_seen_beside_biases_that_start_at_zero(
     assert InitialScale.trend([(5, measured)]).level == "warning"
     far = dataclasses.replace(history, distance=numpy.array([[1.0, 0.5]], numpy.float32))
     assert diag.initial_scale(snapshot(model, data), history=far).verdict().level == "not_applicable"
+    thrown = {"update_norm": [[4e3, 0.5]], "parameter_norm": [[4e3, 0.5]], "distance": [[4e3, 0.5]]}
+    thrown = {
+        k: numpy.array(v, numpy.float32) for k, v in thrown.items()
+    }  # as large as they are far from the start
+    away = diag.initial_scale(snapshot(model, data), history=dataclasses.replace(made, **thrown))
+    assert away.verdict().level == "not_applicable"
     left = dataclasses.replace(empty_history({"0.weight": 128}, 3), loss=numpy.array([1.0, 9.0, 9.0]))
     assert diag.initial_scale(snapshot(model, data), history=left).verdict().level == "not_applicable"

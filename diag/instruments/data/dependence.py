@@ -19,6 +19,7 @@ from diag.snapshot.batch import tensors_in
 
 PERMUTATIONS = 199
 MOST_COMPARED = 256  # pairs
+FEWEST_WITH_AN_EQUAL = 0.05  # of all pairs of rows of whole numbers
 WIDEST = 1024  # columns of the inputs that are compared
 NUMBERS = 16  # columns of the targets
 PLACES = 128  # of a sequence of tokens
@@ -82,14 +83,24 @@ def tensors_by_row(inputs: Any) -> tuple[Tensor, ...]:
 
 def rows_compared(inputs: Any, answers: Tensor) -> tuple[Tensor, ...]:
     """The first 256 rows of what a model is given; empty where there is not one for each answer, where numbers that
-    are compared are not finite, or where they are the same in all rows."""
+    are compared are not finite, or where they are the same in all rows. Empty, too, for whole numbers of which
+    hardly two rows share one, as of ids: such rows have nothing in common by which a test could tell."""
     rows = tensors_by_row(inputs)
     if any(len(t) != len(answers) for t in rows):
         return ()
     rows = tuple(t[:MOST_COMPARED] for t in rows)
     some = [columns_compared(t) for t in rows]
+    if not any(t.is_floating_point() for t in some) and _share_with_an_equal(some) < FEWEST_WITH_AN_EQUAL:
+        return ()
     finite = all(bool(t.isfinite().all()) for t in some)
     return rows if finite and any(bool((t != t[:1]).any()) for t in some) else ()
+
+
+def _share_with_an_equal(columns: Sequence[Tensor]) -> float:
+    """The share of all pairs of rows that have the same whole number at some place."""
+    equal = torch.stack([column[:, None] == column for t in columns for column in t.T]).any(0)
+    n = len(equal)
+    return float((equal.sum() - n) / max(n * (n - 1), 1))
 
 
 def columns_compared(inputs: Tensor) -> Tensor:

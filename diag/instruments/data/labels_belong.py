@@ -23,7 +23,7 @@ from diag.instruments.data.dependence import (
     rows_compared,
 )
 from diag.instruments.data.label_order import in_order
-from diag.instruments.optimization.course import finite_losses, unpushed, update_ratios
+from diag.instruments.optimization.course import finite_losses, growth, unpushed, update_ratios
 from diag.instruments.outcome.gain import Answered, gain
 from diag.ranges import Share
 from diag.registry import Kind, instrument
@@ -38,6 +38,7 @@ FEWEST_OTHERS = 25  # pairs with another answer than the most frequent: of fewer
 INDEPENDENT = 0.05  # p-value above which nothing speaks for a dependence
 ANYTHING, CERTAINLY = 2.0, 4.0  # standard errors
 USUAL_STEP = (2e-4, 0.15)  # of the weights' size
+LEFT_OF_WEIGHTS = 0.5  # of their first norm
 LEFT_FOR_GOOD = 1.5  # times the first loss: training that has gone wrong says nothing of the labels
 WHAT_ELSE = tuple(
     c
@@ -222,6 +223,8 @@ def _works(history: History, loop: Loop | None) -> bool:
     losses, _ = finite_losses(history)
     ratios, _, _ = update_ratios(history)
     if not len(losses) or not len(ratios) or unpushed(history):
+        return False
+    if growth(history, int(history.total_steps)) < LEFT_OF_WEIGHTS:  # decay has taken what was learned
         return False
     usual = USUAL_STEP[0] <= float(sorted(ratios)[len(ratios) // 2]) <= USUAL_STEP[1]
     again = loop is None or not loop.batches.loader_batches or loop.batches.epochs >= WHOLE_EPOCHS

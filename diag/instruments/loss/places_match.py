@@ -121,17 +121,19 @@ def _answers(m: MaskFacts) -> Iterator[LoopFinding]:
     turned, count = max(m.turned.items(), key=lambda found: found[1], default=("", 0))
     others = [m.as_given, *(number for way, number in m.turned.items() if way != turned)]
     all_of_them = count >= ABOVE_OTHER_WAYS * max(others)
+    among = "" if all_of_them else ", in all rows or a part of them"
     learned = all_of_them or m.as_given + count >= ROWS_LEARNED * m.rows
     if m.rows >= ROWS_AT_LEAST and count >= max(TURNED_AT_LEAST, ROWS_TURNED * m.rows) and learned:
         yield _found(
             Level.WARNING,
             Cause.TARGETS_MISPLACED,
-            f"Images and masks are turned without each other{'' if all_of_them else ' in a part of the rows'}: in "
-            f"{count:,} of the {m.rows:,} that were looked at the network's answer is most like the row's own mask "
-            f"turned {turned}, in {m.as_given:,} like the mask as it stands.",
+            f"Images and masks are turned without each other{among}: in {count:,} of the {m.rows:,} that were "
+            f"looked at the network's answer is most like the row's own mask turned {turned}, in {m.as_given:,} "
+            "like the mask as it stands.",
             "Look at the order of axes in which images and masks are read."
             if all_of_them
-            else "Draw a random flip or turn once for an example, and apply it to image and mask alike.",
+            else "Look at the order of axes in which images and masks are read; draw a random flip or turn once "
+            "for an example, and apply it to image and mask alike.",
             "An augmented image that still lies on its mask.",
             explained_by=(Cause.LABELS_SHUFFLED,),
         )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from diag.display import format_number
 from diag.instruments.causes import Cause
 from diag.instruments.network.finite import all_finite
-from diag.instruments.optimization.course import farthest, highest_loss, largest_update_ratio
+from diag.instruments.optimization.course import farthest, highest_loss, largest_update_ratio, moved_from_zero
 from diag.ranges import Threshold
 from diag.registry import Kind, instrument
 from diag.result import OUR_CHOICE, Confidence, Level, Precondition, Result, Verdict, measured
@@ -137,8 +137,10 @@ def _hardly_moved(history: History | None) -> Precondition:
     """That the weights are those that training began with, but for steps of an ordinary size."""
     largest = 0.0 if history is None else max(largest_update_ratio(history), farthest(history))
     left = history is not None and highest_loss(history) > LEFT_BY
+    # Weights as large as they are far from their start began at nothing, or at what is nothing beside a step.
+    thrown = history is not None and moved_from_zero(history)
     return Precondition(
         "weights as they began",
-        largest < STEP_OVER_WEIGHTS and not left,
+        largest < STEP_OVER_WEIGHTS and not left and not thrown,
         "the first steps have changed the weights by much.",
     )

@@ -177,6 +177,18 @@ def unpushed(history: History) -> bool:
     return bool(numpy.isfinite(sizes).any() and median(sizes) == 0)
 
 
+def growth(history: History, at: int) -> float:
+    """How many times its first norm the median large tensor has at step `at`; NaN where norms were not recorded."""
+    large = numpy.asarray(history.sizes) >= SMALL
+    seen = by_rows(history, lambda h: numpy.isfinite(h.parameter_norm[:, large]).any(1))
+    before = numpy.flatnonzero(seen & (history.steps <= at))
+    if not len(before):
+        return math.nan
+    first, last = numpy.asarray(history.parameter_norm[before[[0, -1]]][:, large], float)
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        return float(median(last / first))
+
+
 def scatter(values: Floats) -> float:
     """The standard deviation of these values around their course, by their second differences, which have six times
     the variance of white noise around a straight line; NaN of fewer than three."""

@@ -139,7 +139,7 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
         constant_loss=known.constant_loss if known else math.nan,
         constant_error=known.constant_error if known else math.nan,
         steps_recorded=len(losses),
-        answer=STANDS_FOR.get(known.function, "") if known else "",
+        answer=_stands_for(known.function, loop) if known else "",
         preconditions=(
             Precondition(
                 "a loss whose constant answer is known",
@@ -153,6 +153,11 @@ def constant_answer(history: History, loop: Loop) -> ConstantAnswer:
             ),
         ),
     )
+
+
+def _stands_for(function: str, loop: Loop) -> str:
+    """What the best constant answer is; where a row's own partner is asked for, there are no classes."""
+    return "no preference among the candidates" if loop.contrast.looks else STANDS_FOR.get(function, "")
 
 
 def targets_of_the_loss(loop: Loop) -> AskedFacts | None:

@@ -138,18 +138,6 @@ def rose(history: History, loop: Loop | None, at: int, scatters: float) -> bool:
     return any(len(course) and numpy.median(course) > limit and losses[0] > 0 for course in courses)
 
 
-def growth(history: History, at: int) -> float:
-    """How many times its first norm the median large tensor has at step `at`; NaN where norms were not recorded."""
-    large = numpy.asarray(history.sizes) >= SMALL
-    seen = by_rows(history, lambda h: numpy.isfinite(h.parameter_norm[:, large]).any(1))
-    before = numpy.flatnonzero(seen & (history.steps <= at))
-    if not len(before):
-        return math.nan
-    first, last = numpy.asarray(history.parameter_norm[before[[0, -1]]][:, large], float)
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        return float(median(last / first))
-
-
 def from_nothing(history: History, loop: Loop | None) -> bool:
     """Whether the median layer's weights began next to zero or all alike: it takes steps of its own size until it
     has grown, whatever the learning rate is. So do weights of which most began at zero, unless the loss left at

@@ -160,6 +160,7 @@ PRIVATE = (
     Private("_version", "tensor", "1.0", "whether something was written to a tensor"),
     Private("_base", "view", "1.0", "what a view is of"),
     Private("_is_view", "tensor", "1.9", "whether a tensor is a view"),
+    Private("_make_wrapper_subclass", "tensor", "1.9", "a tensor whose values are still in a file"),
     Private("_cdata", "storage", "1.0", "whether two tensors share their memory"),
     Private("_sequence_nr", "node", "2.1", "which node of the graph a tensor came from, without holding the graph"),
     Private("_input_metadata", "node", "2.1", "whether each output of a wrapper's node is one of its inputs"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from diag.checkpoints.scan import scan
 from diag.checkpoints.sizes import check_torch_file
 from diag.checkpoints.stand_ins import Refused
-from diag.checkpoints.stored import Chunk, Stored
+from diag.checkpoints.stored import Chunk, StoredTensor
 from diag.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -85,7 +85,7 @@ class _Restricted(pickle.Unpickler):
 def read_distributed(folder: Path, in_parts: bool = False) -> dict[str, Any]:
     """The state that DCP saved, nested as it was, without the optimizer; tensors on the CPU.
 
-    in_parts: they are `Stored`, and read where they are needed; else whole.
+    in_parts: they are `StoredTensor`, and read where they are needed; else whole.
 
     Raises CheckpointError where the metadata is damaged or names what could run code, or a shard is missing.
     """
@@ -98,7 +98,7 @@ def read_distributed(folder: Path, in_parts: bool = False) -> dict[str, Any]:
             path = tuple(paths.get(name, (name,)))
             if path[0] not in LEFT_OUT:
                 value = _value(folder, name, about, places)
-                _put(state, path, value.whole() if isinstance(value, Stored) and not in_parts else value)
+                _put(state, path, value.whole() if isinstance(value, StoredTensor) and not in_parts else value)
         return state
     except CheckpointError:
         raise
@@ -146,7 +146,7 @@ def _value(folder: Path, name: str, about: Any, places: Mapping[tuple[str, tuple
     if math.prod(size) * dtype.itemsize > stored:
         raise ValueError(f"{name} has {math.prod(size):,} elements, more than its {stored:,} bytes can hold")
     chunks = [_chunk(folder, name, offsets, sizes, places[name, offsets]) for offsets, sizes in starts.items()]
-    return Stored(size, dtype, chunks)
+    return StoredTensor(size, dtype, chunks)
 
 
 def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Chunk:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from diag.checkpoints.contents import Checkpoint
 from diag.checkpoints.hugging_face import read_by_its_class
-from diag.checkpoints.stored import Stored, block_at
+from diag.checkpoints.stored import StoredTensor, block_at
 from diag.checkpoints.unwrap import bare_model
 from diag.checkpoints.values import as_own_dtype
 from diag.errors import CheckpointError, first_line, named
@@ -178,7 +178,7 @@ def _load(model: nn.Module, state: Mapping[str, Any], expected: Mapping[str, Any
 def own_share(name: str, value: Tensor, own: Tensor) -> Tensor:
     """The value as the model's own tensor lies: where that is spread over processes, this one's part of it.
 
-    Of a `Stored` value that part alone is read.
+    Of a `StoredTensor` value that part alone is read.
     """
     if not hasattr(own, "device_mesh"):
         return as_own_dtype(name, value, None if is_lazy(own) else own)
@@ -187,7 +187,7 @@ def own_share(name: str, value: Tensor, own: Tensor) -> Tensor:
     mesh, placements = own.device_mesh, own.placements  # type: ignore[attr-defined]
     place = mesh.get_coordinate()
     block = None if place is None else block_at(own.shape, mesh.mesh.shape, place, placements)
-    if not isinstance(value, Stored) or block is None:
+    if not isinstance(value, StoredTensor) or block is None:
         return distribute_tensor(as_own_dtype(name, value, own), mesh, placements, src_data_rank=None)
     part = as_own_dtype(name, value.part(block), own).to(own.device)
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=own.shape, stride=own.stride())

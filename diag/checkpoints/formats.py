@@ -21,7 +21,7 @@ import torch
 
 from diag.checkpoints.distributed import METADATA, read_distributed
 from diag.checkpoints.numbers import NUMPY
-from diag.checkpoints.rank_files import joined, rank_files
+from diag.checkpoints.rank_files import of_all_ranks, rank_files
 from diag.checkpoints.sizes import check_torch_file
 from diag.checkpoints.stand_ins import Refused
 from diag.errors import CheckpointError, first_line, named, type_of
@@ -51,7 +51,7 @@ class Format(enum.StrEnum):
 def read(path: Path, in_parts: bool = False) -> tuple[Any, Format]:
     """What the file or folder holds (dicts, tensors, numbers), and the name of its format.
 
-    in_parts: tensors stay in their files, mapped to memory or `Stored`, until they are needed.
+    in_parts: tensors stay in their files, mapped to memory or `StoredTensor`, until they are needed.
     Raises CheckpointError where it is missing, damaged, of a format that is not read, or could run code.
     """
     if path.is_dir():
@@ -201,7 +201,7 @@ def read_folder(path: Path, in_parts: bool = False) -> tuple[Any, Format]:
     if whole is None and index is None:
         single = sorted(path.glob("*.safetensors"))
         if not single and (files := rank_files(path)):
-            return joined(files, [read(file, in_parts)[0] for file in files], in_parts), Format.RANK_FILES
+            return of_all_ranks(files, [read(file, in_parts)[0] for file in files], in_parts), Format.RANK_FILES
         if len(single) != 1:
             found = named(sorted(p.name for p in path.iterdir()), 5) or "nothing"
             raise CheckpointError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diag.checkpoints.states import DEEPEST
-from diag.checkpoints.stored import Block, Chunk, Stored, block_at
+from diag.checkpoints.stored import Chunk, StoredBlock, StoredTensor, block_at
 from diag.errors import CheckpointError, named
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
@@ -29,10 +29,10 @@ def rank_files(folder: Path) -> list[Path]:
     return [ranks[k] for k in range(len(ranks))] if named_by_rank and set(ranks) == set(range(len(ranks))) else []
 
 
-def joined(files: Sequence[Path], contents: Sequence[Any], in_parts: bool) -> Any:
+def of_all_ranks(files: Sequence[Path], contents: Sequence[Any], in_parts: bool) -> Any:
     """The contents of rank 0's file, with its distributed tensors put together from all files.
 
-    in_parts: `Stored`, and put together where they are needed. What is no distributed tensor is rank 0's.
+    in_parts: `StoredTensor`, and put together where they are needed. What is no distributed tensor is rank 0's.
     Raises CheckpointError where the files do not fit together.
     """
 
@@ -58,7 +58,7 @@ def _is_spread(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "to_local") and hasattr(value, "placements")
 
 
-def _put_together(name: str, files: Sequence[Path], parts: Sequence[Any]) -> Stored:
+def _put_together(name: str, files: Sequence[Path], parts: Sequence[Any]) -> StoredTensor:
     first = parts[0]
     mesh = first.device_mesh.mesh
     chunks: dict[tuple[int, ...], Chunk] = {}
@@ -79,14 +79,14 @@ def _put_together(name: str, files: Sequence[Path], parts: Sequence[Any]) -> Sto
             )
         chunks.setdefault(tuple(s.start for s in block), Chunk(block, _giving(local)))
     _refuse_missing(name, first, files, [chunk.block for chunk in chunks.values()])
-    return Stored(first.shape, first.dtype, list(chunks.values()))
+    return StoredTensor(first.shape, first.dtype, list(chunks.values()))
 
 
 def _giving(local: Tensor) -> Callable[[], Tensor]:
     return lambda: local
 
 
-def _refuse_missing(name: str, first: Any, files: Sequence[Path], blocks: Sequence[Block]) -> None:
+def _refuse_missing(name: str, first: Any, files: Sequence[Path], blocks: Sequence[StoredBlock]) -> None:
     """Blocks are those of different places of the mesh, so they do not overlap."""
     covered = sum(torch.Size([s.stop - s.start for s in block]).numel() for block in blocks)
     if covered != first.numel():

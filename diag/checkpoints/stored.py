@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Block = tuple[slice, ...]
+StoredBlock = tuple[slice, ...]
 
 
 class Chunk(NamedTuple):
     """A block of a tensor, and what reads its values."""
 
-    block: Block
+    block: StoredBlock
     read: Callable[[], Tensor]
 
 
-class Stored(Tensor):
+class StoredTensor(Tensor):
     """A tensor on the CPU of which `part` reads a block; any operation on it reads all of it.
 
     chunks: fill it and do not overlap.
@@ -32,25 +32,25 @@ class Stored(Tensor):
     chunks: Sequence[Chunk]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[Chunk]) -> Stored:
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[Chunk]) -> StoredTensor:
         """Without values."""
-        made: Stored = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype)
+        made: StoredTensor = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype)
         made.chunks = chunks
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = pytree.tree_map_only(Stored, lambda stored: stored.whole(), (args, kwargs or {}))
+        args, kwargs = pytree.tree_map_only(StoredTensor, lambda stored: stored.whole(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Stored({tuple(self.shape)}, {self.dtype})"
+        return f"StoredTensor({tuple(self.shape)}, {self.dtype})"
 
     def whole(self) -> Tensor:
         """All of it."""
         return self.part(tuple(slice(0, n) for n in self.shape))
 
-    def part(self, block: Block) -> Tensor:
+    def part(self, block: StoredBlock) -> Tensor:
         """A block of it. Raises what reading a chunk raises, and ValueError where that is of another shape."""
         found = torch.empty([s.stop - s.start for s in block], dtype=self.dtype)
         for chunk in self.chunks:
@@ -65,14 +65,14 @@ class Stored(Tensor):
         return found
 
 
-def _within(part: Sequence[slice], block: Block) -> Block:
+def _within(part: Sequence[slice], block: StoredBlock) -> StoredBlock:
     """Where the part of a tensor is in a block of it."""
     return tuple(slice(p.start - b.start, p.stop - b.start) for p, b in zip(part, block, strict=True))
 
 
 def block_at(
     shape: Sequence[int], sizes: Sequence[int], place: Sequence[int], placements: Sequence[Any]
-) -> Block | None:
+) -> StoredBlock | None:
     """The block of a distributed tensor that the process at a place of its mesh, of these sizes, holds.
 
     None where it is no block: placements are other ones than Shard and Replicate.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diag.checkpoints.stored import Stored
+from diag.checkpoints.stored import StoredTensor
 from diag.errors import CheckpointError
 
 
@@ -50,7 +50,7 @@ def plain_tensor(name: str, value: Tensor) -> Tensor:
     kind = _kind(value)
     if kind:
         raise CheckpointError(f"{name} is {kind} in the checkpoint; save it as a plain tensor with all its values.")
-    if isinstance(value, Stored):
+    if isinstance(value, StoredTensor):
         return value.whole()
     if type(value) is Tensor:
         return value

@@ -78,8 +78,8 @@ class CurvatureOperator(LinearOperator):
         precision = native_precision(model) if precision is None else precision
         if precision not in PRECISIONS:
             raise InvalidInput(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
-        self._given = tuple(batches)  # as they were before any is cut
-        parts = tuple(part for batch in self._given for part in batch.split(micro_batch))
+        self._whole_batches = tuple(batches)  # as they were before any is cut
+        parts = tuple(part for batch in self._whole_batches for part in batch.split(micro_batch))
         if not parts:
             raise InvalidInput("There is no batch to measure curvature on; give at least one.")
         self._layers = layers
@@ -143,7 +143,7 @@ class CurvatureOperator(LinearOperator):
         with self._one_pass():
             test = run_self_test(self._curvature(), self.objective, self._settings["seed"])
         if self._layers is None:
-            refuse_cut(self.objective, self._given, self.objective.batches)
+            refuse_cut(self.objective, self._whole_batches, self.objective.batches)
         self._self_test = test
 
     def _one_pass(self) -> AbstractContextManager[None]:

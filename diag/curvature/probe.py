@@ -95,9 +95,9 @@ def refuse_sums(objective: Objective, probe: Batch) -> None:
         )
 
 
-def refuse_cut(objective: Objective, given: Sequence[Batch], parts: Sequence[Batch]) -> None:
+def refuse_cut(objective: Objective, whole: Sequence[Batch], parts: Sequence[Batch]) -> None:
     """Raises Unsupported where batches were cut into parts of which the loss, or its gradient, is another one."""
-    cut = next((batch for batch in given if batch.size > 1 and not any(batch is part for part in parts)), None)
+    cut = next((batch for batch in whole if batch.size > 1 and not any(batch is part for part in parts)), None)
     if cut is None:
         return
     few = cut.few(EXAMPLES_IN_PART)

@@ -76,7 +76,7 @@ def data_apart(model: nn.Module) -> bool:
     return not spread or (fully and axes <= 1)
 
 
-def one_batch(model: nn.Module, world: int) -> bool:
+def reads_one_batch(model: nn.Module, world: int) -> bool:
     """Whether all ranks hold parts of one network, so that they are to read one batch: pure tensor parallelism."""
     meshes = [p.device_mesh for p in model.parameters() if is_spread(p)]  # type: ignore[attr-defined]
     whole = all(mesh.ndim == 1 and mesh.size() == world for mesh in meshes)

@@ -34,7 +34,7 @@ APART = (
     "rank all of the data, and the ranks divide it themselves."
 )
 
-SPREAD = (
+IN_PARTS_ONLY = (
     "This measurement is not put together over ranks, and no rank holds the whole network to make it alone; where "
     "a whole copy fits on each rank, leave out ranks='by_layer'."
 )
@@ -113,7 +113,9 @@ class AllRanks(OneProcess):
         if self._by_layer:
             together = is_put_together(instrument)
             outcome = (
-                attempt(self._shared, instrument, **settings) if together else Skipped(instrument.name, SPREAD)
+                attempt(self._shared, instrument, **settings)
+                if together
+                else Skipped(instrument.name, IN_PARTS_ONLY)
             )
             return outcome if self.leads else None
         if is_put_together(instrument) and (self._apart or requires(instrument, *SHARED_WORK)):

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 import trainings
 
 from diag.checkpoints import load_into, load_state
-from diag.checkpoints.stored import Stored
+from diag.checkpoints.stored import StoredTensor
 from diag.distributed.placement import own_part
 
 
@@ -36,7 +36,7 @@ def loaded(folder):
         for parameter in other.parameters():
             torch.nn.init.zeros_(parameter)
         sharded = trainings.fully(other)
-        with mock.patch.object(Stored, "whole", autospec=True, side_effect=Stored.whole) as whole:
+        with mock.patch.object(StoredTensor, "whole", autospec=True, side_effect=StoredTensor.whole) as whole:
             load_into(sharded, load_state(place, in_parts=True))
         pairs = zip(sharded.state_dict().values(), state.values(), strict=True)
         buffers = {tuple(b.shape) for b in sharded.buffers()}

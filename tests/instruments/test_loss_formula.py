@@ -381,7 +381,7 @@ def test_each_kind_has_a_rule_whose_texts_are_complete():
         "exponent",
         "label",
         "axis",
-        "given",
+        "result",
         "share",
         "least",
         "layers",

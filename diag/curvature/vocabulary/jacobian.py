@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diag.curvature.objective import output_tensors
-from diag.curvature.vocabulary.loss import Form, Moved, Projected, base_of
+from diag.curvature.vocabulary.loss import MovedLayer, PieceForm, Projected, unviewed
 
 T = TypeVar("T")
 Rebuilt = Callable[[Sequence[Tensor]], Any]
@@ -61,32 +61,32 @@ class LastLayer(Point):
         free: list[Any] = [parts[k] for k in self._free]
         super().__init__([*free, *self._others], self._rebuilt)
 
-    def _rebuilt(self, leaves: Sequence[Tensor], moved: Moved | None = None) -> Any:
+    def _rebuilt(self, leaves: Sequence[Tensor], moved: MovedLayer | None = None) -> Any:
         x, w, b = self._in_place(leaves, self._parts)
         z = self._z
         if moved is not None:
             rows = x.detach().reshape(-1, x.shape[-1])
             z = z + moved.logits(rows, w.detach(), slice(None)).view_as(z)
         logits: Any = LinearOutput.apply(x, w, b, z)
-        logits.projected = Projected(x, w, b, logits._version, Form(jacobian_fixed=True, moved=moved))
+        logits.projected = Projected(x, w, b, logits._version, PieceForm(jacobian_fixed=True, moved=moved))
         others = list(leaves[len(self._free) :])
         return self._outputs([*others[: self._logits], logits, *others[self._logits :]])
 
-    def _in_place(self, given: Sequence[Tensor], around: Sequence[Tensor | None]) -> list[Any]:
+    def _in_place(self, tensors: Sequence[Tensor], around: Sequence[Tensor | None]) -> list[Any]:
         """x, weight and bias: those given that are free, and of `around` the others."""
         found = list(around)
-        for k, tensor in zip(self._free, given, strict=False):
+        for k, tensor in zip(self._free, tensors, strict=False):
             found[k] = tensor
         return found
 
     def moved(self, tangents: Sequence[Tensor], step: float) -> tuple[list[Tensor], Rebuilt]:
         """The layer's Jacobian stays that of the tensors where they are."""
         x, w, b = self._in_place([step * t.detach() for t in tangents[: len(self._free)]], (None, None, None))
-        moved = Moved(None if x is None else x.reshape(-1, x.shape[-1]), w, b)
+        moved = MovedLayer(None if x is None else x.reshape(-1, x.shape[-1]), w, b)
         leaves = self.leaves()
         own, others = leaves[: len(self._free)], zip(self._others, tangents[len(self._free) :], strict=True)
         further = [(z.detach() + step * t).requires_grad_() for z, t in others]
-        return [*own, *further], lambda given: self._rebuilt(given, moved)
+        return [*own, *further], lambda tensors: self._rebuilt(tensors, moved)
 
 
 class LinearOutput(torch.autograd.Function):
@@ -114,7 +114,7 @@ def last_layer(outputs: Any) -> Point:
 
 
 def _made(z: Tensor) -> Projected | None:
-    base = base_of(z)
+    base = unviewed(z)
     made: Projected | None = getattr(base, "projected", None)
     if made is None or made.version != base._version or z.numel() != base.numel() or z.dtype != made.x.dtype:
         return None

@@ -28,7 +28,7 @@ LEAST = 1 << 22  # logits, below which torch's own way is kept: recomputing them
 PIECE = 1 << 23  # logits that are computed at once; some five times as much is held for a moment
 
 
-class Moved(NamedTuple):
+class MovedLayer(NamedTuple):
     """By how much x, W and b are moved; to first order in them, the logits by W dx + dW x + db."""
 
     x: Tensor | None
@@ -43,15 +43,15 @@ class Moved(NamedTuple):
         return found if self.bias is None else found.add_(self.bias)
 
 
-class Form(NamedTuple):
+class PieceForm(NamedTuple):
     """jacobian_fixed: whether derivatives take that of the logits as constant. moved: whether the loss and its
     derivative are those of other logits."""
 
     jacobian_fixed: bool = False
-    moved: Moved | None = None
+    moved: MovedLayer | None = None
 
 
-ALL_DERIVATIVES = Form()
+ALL_DERIVATIVES = PieceForm()
 
 
 class Projected(NamedTuple):
@@ -61,7 +61,7 @@ class Projected(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     version: int
-    form: Form = ALL_DERIVATIVES
+    form: PieceForm = ALL_DERIVATIVES
 
 
 class Vocabulary(torch.autograd.Function):
@@ -79,7 +79,7 @@ class Vocabulary(torch.autograd.Function):
         labels: Tensor,
         counted: Tensor,
         logits: Tensor,
-        form: Form = ALL_DERIVATIVES,
+        form: PieceForm = ALL_DERIVATIVES,
     ) -> Tensor:
         """-log p of the label."""
         ctx.form = form
@@ -106,7 +106,7 @@ class VocabularyBackward(torch.autograd.Function):
         b: Tensor | None,
         labels: Tensor,
         counted: Tensor,
-        form: Form = ALL_DERIVATIVES,
+        form: PieceForm = ALL_DERIVATIVES,
     ) -> Any:
         """The first derivatives, piece by piece."""
         ctx.form = form
@@ -137,7 +137,7 @@ class VocabularyBackward(torch.autograd.Function):
 
 
 def _second(
-    i: slice, grads: Any, s: Tensor, x: Tensor, w: Tensor, b: Any, labels: Tensor, counted: Tensor, form: Form
+    i: slice, grads: Any, s: Tensor, x: Tensor, w: Tensor, b: Any, labels: Tensor, counted: Tensor, form: PieceForm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' part of the second derivatives: for s and x theirs, for w and b what they add."""
     u, v, c = grads[0] if grads[0] is None else grads[0][i], grads[1], grads[2]
@@ -167,7 +167,7 @@ def _pieces(rows: int, classes: int) -> Iterator[slice]:
 
 
 def _errors(
-    i: slice, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, moved: Moved | None
+    i: slice, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor, moved: MovedLayer | None
 ) -> tuple[Tensor, Tensor]:
     """p, and p less one at the label, of some rows."""
     z = F.linear(x[i], w, b)
@@ -182,7 +182,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, whose outputs remember what they were made of where they are many."""
     output = F.linear(input, weight, bias)
     if output.numel() >= LEAST and output.ndim > 1 and plain(input, weight, output):
-        base = base_of(output)  # torch may have made a matrix and given a view of it
+        base = unviewed(output)  # torch may have made a matrix and given a view of it
         base.projected = Projected(input, weight, bias, base._version)  # type: ignore[attr-defined]
     return output
 
@@ -216,14 +216,14 @@ def cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
 
 
-def base_of(tensor: Tensor) -> Tensor:
+def unviewed(tensor: Tensor) -> Tensor:
     """The tensor, or what it is a view of."""
     return tensor if tensor._base is None else tensor._base
 
 
 def _made(logits: Tensor) -> Projected | None:
     """What rows of logits were made of: they or what they are a view of, row by row, is a linear layer's output."""
-    base = base_of(logits)
+    base = unviewed(logits)
     made: Projected | None = getattr(base, "projected", None)
     if made is None or logits.ndim != 2 or made.version != base._version or logits.numel() != base.numel():
         return None

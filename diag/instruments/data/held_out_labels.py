@@ -53,46 +53,52 @@ class HeldOutLabels(Result):
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
-        if (
-            self.accuracy >= ANSWERED_RIGHT
-            and self.held_out_accuracy <= SAME_NUMBERS
-            and self.renumbered >= RENUMBERED
-        ):
-            return self._told(
-                "Held-out labels give the classes other numbers than training's: "
-                f"{format_share(self.renumbered)} of the held-out examples are answered right once the "
-                f"classes are renumbered ({_pairs(self.numbers)}), and "
-                f"{format_share(self.held_out_accuracy)} as they are.",
-                ONE_LIST,
-                self.renumbered,
-                RENUMBERED,
-            )
+        renumbered = self.accuracy >= ANSWERED_RIGHT and self.held_out_accuracy <= SAME_NUMBERS
+        if renumbered and self.renumbered >= RENUMBERED:
+            return self._of_other_numbers()
         if self.exchanged:
-            return self._told(
-                f"Held-out labels have classes exchanged ({_pairs(self.exchanged)}): of the held-out examples that "
-                f"are answered with one of these, {format_share(self.exchanged_share)} carry the other's label, "
-                f"while {format_share(self.accuracy)} of all training examples are answered as they are labelled.",
-                ONE_LIST,
-                self.exchanged_share,
-                EXCHANGED,
-            )
+            return self._of_exchanged()
         if self._unrelated():
-            return self._told(
-                f"Held-out labels do not seem to belong to their inputs: {format_share(self.accuracy)} of the "
-                f"training examples are answered right and {format_share(self.held_out_accuracy)} of the held-out "
-                "ones, and labels depend on their inputs in training "
-                f"(p = {format_number(self.p_value)}) and not in the held-out set "
-                f"(p = {format_number(self.held_out_p_value)}).",
-                "Look at ten held-out examples with their labels: one of the two may have been shuffled, sorted or "
-                "filtered without the other.",
-                self.held_out_p_value,
-                HARDLY_DEPENDENT,
-            )
+            return self._of_others()
         return Verdict(
             Level.OK,
             f"{format_share(self.held_out_accuracy)} of the held-out examples are answered right, "
             f"{format_share(self.accuracy)} of the training examples.",
             source=SOURCE,
+        )
+
+    def _of_other_numbers(self) -> Verdict:
+        return self._told(
+            "Held-out labels give the classes other numbers than training's: "
+            f"{format_share(self.renumbered)} of the held-out examples are answered right once the "
+            f"classes are renumbered ({_pairs(self.numbers)}), and "
+            f"{format_share(self.held_out_accuracy)} as they are.",
+            ONE_LIST,
+            self.renumbered,
+            RENUMBERED,
+        )
+
+    def _of_exchanged(self) -> Verdict:
+        return self._told(
+            f"Held-out labels have classes exchanged ({_pairs(self.exchanged)}): of the held-out examples that "
+            f"are answered with one of these, {format_share(self.exchanged_share)} carry the other's label, "
+            f"while {format_share(self.accuracy)} of all training examples are answered as they are labelled.",
+            ONE_LIST,
+            self.exchanged_share,
+            EXCHANGED,
+        )
+
+    def _of_others(self) -> Verdict:
+        return self._told(
+            f"Held-out labels do not seem to belong to their inputs: {format_share(self.accuracy)} of the "
+            f"training examples are answered right and {format_share(self.held_out_accuracy)} of the held-out "
+            "ones, and labels depend on their inputs in training "
+            f"(p = {format_number(self.p_value)}) and not in the held-out set "
+            f"(p = {format_number(self.held_out_p_value)}).",
+            "Look at ten held-out examples with their labels: one of the two may have been shuffled, sorted or "
+            "filtered without the other.",
+            self.held_out_p_value,
+            HARDLY_DEPENDENT,
         )
 
     def _unrelated(self) -> bool:

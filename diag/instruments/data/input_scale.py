@@ -205,7 +205,6 @@ def input_scale(
     good = rows[finite] if finite.any() else torch.zeros(1, rows.shape[1], dtype=torch.float64)
     rows_size = rows.nan_to_num(0.0, 0.0, 0.0).square().mean(1).sqrt()
     limit = OUTLIER_ROW * rows_size.median()
-    outliers = (rows_size > limit).nonzero().flatten()
     few = _are_others(rows_size, limit)
     good = good[good.square().mean(1).sqrt() <= limit] if few else good
     scales = good.square().mean(0).sqrt()
@@ -223,7 +222,7 @@ def input_scale(
         scale_ratio=ratio_found,
         widest_feature=widest,
         non_finite=int((~finite).sum()),
-        outliers=tuple(outliers.tolist()) if few else (),
+        outliers=tuple((rows_size > limit).nonzero().flatten().tolist()) if few else (),
         examples=len(rows),
         fill_feature=feature,
         fill=fill,

@@ -204,12 +204,12 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     ),
     Odd.SOFTMAX_OF_ONE: FormulaRule(
         Cause.WRONG_CLASS_AXIS,
-        "The softmax after the last layer runs over axis {axis}, which has length one: it gives {given} whatever "
+        "The softmax after the last layer runs over axis {axis}, which has length one: it gives {result} whatever "
         "the network computes, and nothing is learned through it.",
         "For one output a row use binary_cross_entropy_with_logits, and sigmoid for probabilities; for several "
         "classes give the network one output a class and apply softmax over these.",
         "A softmax over more than one entry.",
-        words=lambda n: {"given": "one" if n["given"] else "the logarithm of one"},
+        words=lambda n: {"result": "one" if n["result"] else "the logarithm of one"},
     ),
     Odd.PULLED_AWAY: FormulaRule(
         Cause.LOSS_ASCENDED,

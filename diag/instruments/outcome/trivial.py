@@ -24,7 +24,7 @@ from diag.result import Confidence, Level, Precondition, Result, Verdict, measur
 SOURCE = "arithmetic: the entropy of the labels is the loss of the class frequencies"
 STEPS_BEFORE_TRIVIAL = 100  # steps
 ERRORS_BELOW_ENTROPY = 2.0
-STILL_FALLING = 0.8  # of the loss at the look before: a network that is worse yet is on its way
+LOSS_STILL_FALLING = 0.8  # of the loss at the look before: a network that is worse yet is on its way
 CROSS_ENTROPY_WITHIN = 1e-2
 # What a network that learns nothing may be the consequence of: whatever was found is a better answer than this.
 EXPLAINED_BY = tuple(
@@ -68,7 +68,7 @@ class TrivialPredictor(Result):
         step, last = series[-1]
         if last.unmet() is not None or step < STEPS_BEFORE_TRIVIAL or not all(r._no_better() for _, r in series):
             return last.verdict()
-        if len(series) > 1 and last._worse() and last.loss < STILL_FALLING * series[-2][1].loss:
+        if len(series) > 1 and last._worse() and last.loss < LOSS_STILL_FALLING * series[-2][1].loss:
             return last.verdict()
         return Verdict(
             Level.WARNING,

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.distributed.link import Link
 from diag.distributed.meeting import Meeting, announce, initialized, rank_here, signature_of
-from diag.distributed.placement import data_apart, one_batch, placements_of
+from diag.distributed.placement import data_apart, placements_of, reads_one_batch
 from diag.registry import instruments
 from diag.snapshot.loop.ranks import RankFacts
 from diag.watching.guard import safely
@@ -133,7 +133,9 @@ class Company:
         if self._comparison is None:
             return RankFacts()
         found, model = self._comparison.facts(), self._model
-        return dataclasses.replace(found, data_apart=data_apart(model), one_batch=one_batch(model, found.world))
+        return dataclasses.replace(
+            found, data_apart=data_apart(model), one_batch=reads_one_batch(model, found.world)
+        )
 
     def leave(self, why: str) -> None:
         """This rank's watch ends."""

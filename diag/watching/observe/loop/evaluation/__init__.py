@@ -4,4 +4,4 @@ and copies of the model that may be evaluated in its place.
 Rule of the folder: a few calls are looked at, on the host alone; what is kept is bounded.
 """
 
-__all__ = ["columns", "copies", "novelty", "quiet"]
+__all__ = ["columns", "copies", "evaluated_targets", "novelty", "quiet"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diag.linalg.assignment import best_assignment
 
-MOST_ORDERED, FEWEST_MOVED = 256, 2  # what is beyond was not read, so that it is not known where it went
+MOST_ORDERED, FEWEST_COLUMNS_MOVED = 256, 2  # what is beyond was not read, so that it is not known where it went
 ROWS_OF_ORDER = 64  # of a side
 ROUNDS = 8
 QUANTILES = 33
@@ -30,11 +30,11 @@ def columns_moved(own: Tensor, other: Tensor) -> tuple[tuple[int, int], ...]:
     another, as (place there, place in `own`); none where the order is the same or not certain."""
     # The same rows come again in each epoch and evaluation.
     own, other, d = own.unique(dim=0), other.unique(dim=0), own.shape[1]
-    if min(len(own), len(other)) < ROWS_OF_ORDER or not FEWEST_MOVED <= d < MOST_ORDERED:
+    if min(len(own), len(other)) < ROWS_OF_ORDER or not FEWEST_COLUMNS_MOVED <= d < MOST_ORDERED:
         return ()
     pair, stay = _Pair(own.double(), other.double()), torch.arange(d)
     unfit = pair.unfit()
-    if int(unfit.sum()) < FEWEST_MOVED:
+    if int(unfit.sum()) < FEWEST_COLUMNS_MOVED:
         return ()
     order = pair.best()
     if not bool(pair.fits(order).all()):

@@ -27,10 +27,10 @@ def linear_layers(nodes: Sequence[Any], parameters: Collection[int]) -> tuple[in
     met = {id(n.variable) for n in nodes if kind_of(n) == "AccumulateGrad"}
     if not behind or not behind <= set(weights) or not parameters or not set(parameters) <= met:
         return ()
-    given = max(w.shape[1] for n, w in weights.items() if before[n] is None)
+    takes = max(w.shape[1] for n, w in weights.items() if before[n] is None)
     gives = max(w.shape[0] for n, w in weights.items() if n not in behind)
     narrowest = min(weights[n].shape[0] for n in behind)
-    return tuple(dict.fromkeys(id(w) for w in weights.values())) if narrowest >= min(given, gives) else ()
+    return tuple(dict.fromkeys(id(w) for w in weights.values())) if narrowest >= min(takes, gives) else ()
 
 
 def _weight_of(node: Any) -> Tensor | None:

@@ -106,6 +106,6 @@ def softmax_of_one(root: Tensor) -> Iterator[OddFound]:
             continue
         shape, axis = given_shape(node, 0), signed(node._saved_dim)
         if shape and shape[axis] == 1 and math.prod(shape) > 1:
-            given = 1.0 if kind == "Softmax" else 0.0
-            yield OddFound(Odd.SOFTMAX_OF_ONE, {"axis": float(axis % len(shape)), "given": given})
+            result = 1.0 if kind == "Softmax" else 0.0
+            yield OddFound(Odd.SOFTMAX_OF_ONE, {"axis": float(axis % len(shape)), "result": result})
             return

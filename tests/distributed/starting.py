@@ -29,7 +29,7 @@ def run_ranks(arguments, env=None):
         for each, more in zip(arguments, env or [{}] * len(arguments), strict=True)
     ]
     try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

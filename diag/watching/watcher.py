@@ -144,6 +144,7 @@ class Watcher(Guarded):
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: Settings) -> None:
         super().__init__(Clock(), self._internal_error)
+        self._hooks_taken = False
         self.model, self.optimizer = bare_model(model), settings.optimizer
         self._end_others(settings.run)
         about = describe_run(self.model, parameters, settings.instruments, settings.budget, settings.every)
@@ -310,6 +311,7 @@ class Watcher(Guarded):
             self._within("rows of the data", self._loop.rows.step_ended)
         self._loop.step_ended(step, row.learning_rate)
         if self._listener.look_for_calls():
+            self._hooks_taken = True
             self._recorder.note("hooks", HOOKS_TAKEN)
         if self._company.leads:
             self._runner.step_ended(row, step, in_step)
@@ -412,7 +414,7 @@ class Watcher(Guarded):
             yield "steps", NO_STEP_SEEN
         elif self._training.calls == 0:
             yield "inputs", NO_CALL
-        elif without := self._losses.without:
+        elif (without := self._losses.without) and not self._hooks_taken:
             yield "no loss", NO_PASS_SEEN.format(of_the_steps(without, self._steps.steps, self._steps.steps))
 
     def _release(self) -> None:

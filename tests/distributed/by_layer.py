@@ -226,7 +226,7 @@ def refused():
         return diag.Snapshot(model, loss_fn, data, **by_layer).quantity("hessian")
 
     def small_memory(call):
-        with mock.patch("diag.snapshot.snapshot.free_memory", lambda device: 10.0):
+        with mock.patch("diag.snapshot.sharded.chosen_model.free_memory", lambda device: 10.0):
             return call()
 
     def measured():

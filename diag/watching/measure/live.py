@@ -3,7 +3,7 @@
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
 measurements: they are judged at the floor (steps 1, 2, 3, 5, 7, 10, 14, 20, 30, 100, ... and the last), and between
 as far as `SHARE_FOR_CHECKS` of the time pays for them. When something happened that none of them has judged
-(`news`), those that have read facts which have changed are judged at once. A check of the facts of the loop alone is
+(`news`), those that have read facts which have changed are judged at once. A check of the facts of the loop is
 not asked again where nothing that it read has changed. A finding is announced the first time that it is seen; what
 is computed from the record alone is not kept, as opening the run computes it again.
 """

@@ -19,7 +19,7 @@ from diag.watching.hooks.model_hook import ModelHooks
 from diag.watching.measure.runner import MeasurementRunner
 from diag.watching.measure.training import Training
 from diag.watching.measure.window import Windows
-from diag.watching.observe.loop.observer import LoopObserver, is_nested
+from diag.watching.observe.loop.observer import LoopObserver
 from diag.watching.observe.losses import LossObserver
 from diag.watching.observe.steps import StepObserver
 from diag.watching.ranks.company import Company
@@ -109,8 +109,11 @@ class TrainingListener(Guarded):
         if self._examples.looking:
             self._examples.forward_called(args, kwargs)
         self._training.called(_length(args, kwargs))
+        nested = _has_nested(args, outputs)
+        if nested:  # rows of several lengths, of which no check knows
+            args, kwargs, outputs = (), {}, None
         self._within(FACTS_OF_LOOP, self._loop.forward_called, args, kwargs, outputs)
-        if self._rows.needed and self._loop.drawn is not None and not is_nested(args):
+        if self._rows.needed and self._loop.drawn is not None and not nested:
             self._within(ROWS_OF_DATA, self._rows.training_call, args, kwargs, *self._loop.drawn)
 
     def evaluated(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module) -> None:
@@ -290,6 +293,14 @@ class TrainingListener(Guarded):
     def abandon(self) -> None:
         """This is a forked child: stop without touching the record, which is the parent's."""
         self.clock.closed = True
+
+
+def _has_nested(args: Any, outputs: Any) -> bool:
+    """Whether the model was called on a nested tensor, or gave one."""
+    for value in (*args, outputs):  # noqa: SIM110 - at every step, where a generator takes three times as long
+        if isinstance(value, Tensor) and value.is_nested:
+            return True
+    return False
 
 
 def _length(args: Any, kwargs: Any) -> int:

@@ -10,6 +10,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
+from diag.watching.observe.loop.evaluation import column_order
 from diag.watching.observe.loop.evaluation.column_order import columns_moved
 
 ROWS, FEATURES, VOCABULARY = 256, 8, 60
@@ -243,3 +244,10 @@ def test_sequences_that_are_cut_in_evaluation_are_told():
 @pytest.mark.parametrize("shortest", [8, 1])
 def test_sequences_that_differ_in_length_as_training_does_are_quiet(shortest):
     assert told(sentences(0, shortest=shortest), sentences(1, shortest=8), Bag()).level == "ok"
+
+
+def test_the_distance_of_each_column_from_that_at_its_place_is_one_of_all_distances():
+    rows = torch.Generator().manual_seed(0)
+    own, other = (torch.randn(n, 7, generator=rows, dtype=torch.float64) for n in (100, 90))
+    every = column_order._distances(own, other)
+    assert torch.equal(column_order._distances_at_place(own, other), every.diagonal())

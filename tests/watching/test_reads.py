@@ -64,6 +64,15 @@ def test_arrays_that_cannot_be_compared_at_once_count_as_changed():
     assert judged(reads, dataclasses.replace(FIRST, rows=same), "one", look)
 
 
+def test_news_of_one_fact_is_none_for_a_check_that_did_not_read_it():
+    reads, look = Reads(), lambda loop: (loop.calls, loop.rows)
+    assert judged(reads, FIRST, "one", look)
+    reads.begin(dataclasses.replace(FIRST, calls=2))
+    assert reads.has_news("one") and reads.has_news("one", {"calls", "order"})
+    assert not reads.has_news("one", {"order"})  # what else it read has changed, and waits
+    assert reads.has_news("other", {"order"})  # it has never been asked
+
+
 def test_each_kind_of_news_names_a_fact_of_the_loop():
     said = [
         call.args[1].value

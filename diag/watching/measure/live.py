@@ -3,7 +3,7 @@
 They cost microseconds to milliseconds and no pass of the model, so they have no place in the schedule of the
 measurements: they are judged at the floor (steps 1, 2, 3, 5, 7, 10, 14, 20, 30, 100, ... and the last), and between
 as far as `SHARE_FOR_CHECKS` of the time pays for them. When something happened that none of them has judged
-(`news`), those that have read facts which have changed are judged at once. A check of the facts of the loop is
+(`news`), those that have read the facts that it is in are judged at once. A check of the facts of the loop alone is
 not asked again where nothing that it read has changed. A finding is announced the first time that it is seen; what
 is computed from the record alone is not kept, as opening the run computes it again.
 """
@@ -24,6 +24,7 @@ from diag.run.rows import history_of
 from diag.snapshot.history import History
 from diag.watching.measure.floor import next_floor
 from diag.watching.measure.reads import Reads
+from diag.watching.observe.loop.moment import ANY_FACT
 
 SHARE_FOR_CHECKS = 0.005  # of the time since training began
 FIRST_JUDGED_STEPS = (1, 2, 3, 5, 7, 10, 14, 20)  # where most of what goes wrong first shows
@@ -126,8 +127,8 @@ class LiveChecks:
             self.judge(step, news=news)
 
     def judge(self, step: int, last: bool = False, news: Collection[str] = ()) -> None:
-        """Judge all of them now, or those alone that read these facts; `last`: the results are recorded whether or
-        not anything is new in them."""
+        """Judge all of them now, or those alone that read these facts, to which come those in which there is news
+        once they are collected; `last`: the results are recorded whether or not anything is new in them."""
         if step == self._judged and not last:
             return
         began = time.perf_counter()
@@ -148,7 +149,7 @@ class LiveChecks:
         needs = self._needs[check]
         if not news:
             return needs != {"loop"} or self._reads.has_news(check)
-        return "loop" in needs and self._reads.has_news(check)
+        return "loop" in needs and self._reads.has_news(check, () if ANY_FACT in news else news)
 
     def _judge(self, instrument: Instrument, step: int, loop_facts: dict[str, Any], last: bool) -> None:
         began = time.perf_counter()

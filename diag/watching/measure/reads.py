@@ -6,6 +6,7 @@ alone does not count as a change, as every check quotes it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from diag.snapshot.loop.facts import Loop
@@ -42,11 +43,14 @@ class Reads:
             if name != ALWAYS_CHANGES and not _same(before.get(name), value):
                 self._changed[name] = self._judgement
 
-    def has_news(self, check: str) -> bool:
-        """Whether something that the check read at its last judgement has changed since, or it had none."""
+    def has_news(self, check: str, about: Collection[str] = ()) -> bool:
+        """Whether something that the check read at its last judgement has changed since, or it had none; where
+        `about` names facts, whether it read one of these besides."""
         if check not in self._read:
             return True
         judgement, names = self._read[check]
+        if about and names.isdisjoint(about):
+            return False
         return any(self._changed.get(name, 0) > judgement for name in names)
 
     def facts_for(self, check: str) -> Loop:

@@ -69,11 +69,6 @@ def processes() -> int:
     return torch.distributed.get_world_size() if together else 1
 
 
-def is_nested(values: Any) -> bool:
-    """Whether one of these is a nested tensor."""
-    return any(isinstance(value, Tensor) and value.is_nested for value in values)
-
-
 class LoopObserver:
     """Follows one model's training loop. `resumed`: the last step of the run that is continued, else 0;
     `rates`: the first and the last learning rate of that run."""
@@ -137,8 +132,6 @@ class LoopObserver:
 
     def forward_called(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called in training."""
-        if is_nested(args) or is_nested((outputs,)):  # rows of several lengths, of which no check knows
-            args, kwargs, outputs = (), {}, None
         self._calls, places = self._calls + 1, NONE
         self.drawn = None
         # A closure calls the model several times on one batch, at other parameters.
@@ -175,7 +168,7 @@ class LoopObserver:
         self._formula.training_call(args, kwargs, outputs)
         self._sequences.training_call(args, kwargs)
         self._masks.training_call(args, kwargs)
-        self._evaluated_targets.model_called(outputs)
+        self._evaluated_targets.training_call(outputs)
 
     def wrapped_by(self, models: tuple[nn.Module, ...]) -> None:
         """The watch was given these, the bare model last."""
@@ -191,7 +184,7 @@ class LoopObserver:
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called without gradients."""
-        self._evaluated_targets.model_called(outputs)
+        self._evaluated_targets.quiet_call(outputs)
         if self.moment.attend(AFTERWARDS):
             self._begin()
         self._order.add("E")
@@ -418,7 +411,12 @@ class LoopObserver:
 
     def facts(self, ended: bool = False) -> Loop:
         """All of them, as plain data; what is on a device is waited for."""
+        found = self._collected(ended)
+        # What is read from a device only now may be news, too: the same set is looked at by who asked.
         self.moment.changed = set()
+        return found
+
+    def _collected(self, ended: bool) -> Loop:
         outside = self._weights.facts()
         return Loop(
             step=self.moment.step - 1,

@@ -68,7 +68,7 @@ class Scaling:
         self._scaled_losses += 1
         self._scaled.add(scaled.grad_fn._sequence_nr())
         if self._scaled_losses == GRAPHS_LOOKED_AT:
-            self._moment.news("loss scaled")
+            self._moment.news("loss scaled", "scaling")
 
     def backward_called(self, roots: Any) -> None:
         """A backward pass begins."""
@@ -100,7 +100,7 @@ class Scaling:
         self._fired = True
         if skipped:
             if self._skipped.hit(self._moment.step) in SKIPPED:
-                self._moment.news(("skipped", self._skipped.running))
+                self._moment.news(("skipped", self._skipped.running), "scaling")
         else:
             self._skipped.miss()
         self._end()
@@ -122,7 +122,7 @@ class Scaling:
         by_scaler = id(optimizer) in self._stepping
         if self.carried and not by_scaler and id(optimizer) not in self._unscaled:
             if record.scaled.hit(self._moment.step) <= 2:
-                self._moment.news(("scaled", record.scaled.running))
+                self._moment.news(("scaled", record.scaled.running), "scaling")
             self._note_clip()
             self._end()
 
@@ -130,7 +130,7 @@ class Scaling:
         if self._clipped:
             self._clipped = False
             if self._clipped_scaled.hit(self._moment.step) <= 2:
-                self._moment.news(("clipped scaled", self._clipped_scaled.running))
+                self._moment.news(("clipped scaled", self._clipped_scaled.running), "scaling")
 
     def _end(self) -> None:
         self._clipped = False
@@ -207,7 +207,7 @@ class Clipping:
 
     def _hit(self, counter: Counter, kind: str) -> None:
         if counter.hit(self._moment.step) <= 3:
-            self._moment.news((kind, counter.running))
+            self._moment.news((kind, counter.running), "clipping")
 
     def facts(self) -> ClippingFacts:
         """As plain data."""

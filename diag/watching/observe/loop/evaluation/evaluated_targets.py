@@ -36,13 +36,24 @@ class EvaluatedTargets:
         self._moment = moment
         # Held until the next call, so that nothing else can lie where they do; some numbers, as they were.
         self._outputs: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
-        self._calls = self._evaluations = 0
+        self._calls = self._evaluations = self._others = 0
         self._function, self._place = "", -1
         self._asked: deque[Tensor] = deque(maxlen=TARGET_CALLS_KEPT)
         self._evaluated: list[Tensor] = []
 
-    def model_called(self, outputs: Any) -> None:
-        """The model was called, in training or without gradients."""
+    def training_call(self, outputs: Any) -> None:
+        """The model was called in training."""
+        self._follow(outputs if self._is_read(self._calls + 1) else None)
+
+    def quiet_call(self, outputs: Any) -> None:
+        """The model was called without gradients."""
+        self._follow(outputs if self._asked and self._evaluations < CALLS_OF_EVALUATION else None)
+
+    def _is_read(self, call: int) -> bool:
+        """Whether this call of a loss between numbers is read; none is where other losses come first."""
+        return self._others < TARGET_CALLS_KEPT and (call <= TARGET_CALLS_KEPT or due(call))
+
+    def _follow(self, outputs: Any) -> None:
         tensors = enumerate(tensors_in(outputs)[:OUTPUTS_FOLLOWED])
         small = ((p, t) for p, t in tensors if t.is_cpu and is_dense(t) and t.numel() <= LARGEST_OUTPUT)
         self._outputs = {(t.data_ptr(), t.numel()): (p, t.detach(), _some(t)) for p, t in small}
@@ -50,9 +61,10 @@ class EvaluatedTargets:
     def loss_called(self, function: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function was called in training."""
         if function not in OF_NUMBERS:
+            self._others += not self._calls
             return
         self._calls += 1
-        if self._calls > TARGET_CALLS_KEPT and not due(self._calls):
+        if not self._is_read(self._calls):
             return
         found = self._compared(args, kwargs)
         if found is not None and (not self._asked or (function, found[0]) == (self._function, self._place)):
@@ -67,7 +79,7 @@ class EvaluatedTargets:
         if found is not None and found[0] == self._place:
             self._evaluations += 1
             self._evaluated.append(found[1])
-            self._moment.news(("evaluated targets", self._evaluations))
+            self._moment.news(("evaluated targets", self._evaluations), "asked_in_evaluation")
 
     def _compared(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[int, Tensor] | None:
         """Which of the network's outputs is compared as it is, and some of the numbers that it is compared with."""

@@ -19,22 +19,31 @@ from diag.checkpoints.stored import Chunk, StoredBlock, StoredTensor, block_at
 from diag.errors import CheckpointError, named
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+RANK = re.compile(r"rank[^a-z0-9]?(\d{1,6})", re.IGNORECASE)
+NOT_SPREAD = (
+    "{} has the files of {} ranks, and no tensor in them says how it lies over the ranks, so that each file may "
+    "hold all weights or a part of them; give one file that holds all."
+)
 
 
 def rank_files(folder: Path) -> list[Path]:
-    """The files of the ranks in their order; empty where the folder's torch files are not numbered from 0 on."""
+    """The files of the ranks in their order; empty where the folder's torch files are not named rank0, rank1, ...
+
+    Other numbers may stand in their names, as a step does.
+    """
     files = [file for file in folder.iterdir() if file.suffix in ENDINGS and file.is_file()]
-    ranks = {int(digits[0]): file for file in files if (digits := re.findall(r"\d{1,6}", file.stem))}
-    named_by_rank = len(ranks) == len(files) > 1 and any("rank" in file.stem.lower() for file in files)
-    return [ranks[k] for k in range(len(ranks))] if named_by_rank and set(ranks) == set(range(len(ranks))) else []
+    ranks = {int(numbers[-1]): file for file in files if (numbers := RANK.findall(file.stem))}
+    every = len(ranks) == len(files) > 1 and set(ranks) == set(range(len(ranks)))
+    return [ranks[k] for k in range(len(ranks))] if every else []
 
 
 def of_all_ranks(files: Sequence[Path], contents: Sequence[Any], in_parts: bool) -> Any:
     """The contents of rank 0's file, with its distributed tensors put together from all files.
 
     in_parts: `StoredTensor`, and put together where they are needed. What is no distributed tensor is rank 0's.
-    Raises CheckpointError where the files do not fit together.
+    Raises CheckpointError where the files do not fit together, or none of their tensors is distributed.
     """
+    spread: list[str] = []
 
     def at(path: tuple[Any, ...], rank: int) -> Any:
         found = contents[rank]
@@ -47,11 +56,14 @@ def of_all_ranks(files: Sequence[Path], contents: Sequence[Any], in_parts: bool)
             return {key: walk(inner, (*path, key)) for key, inner in value.items()}
         if not _is_spread(value):
             return value
-        name = ".".join(map(str, path))
+        spread.append(name := ".".join(map(str, path)))
         stored = _put_together(name, files, [at(path, rank) for rank in range(len(files))])
         return stored if in_parts else stored.whole()
 
-    return walk(contents[0], ())
+    found = walk(contents[0], ())
+    if not spread:
+        raise CheckpointError(NOT_SPREAD.format(files[0].parent, len(files)))
+    return found
 
 
 def _is_spread(value: Any) -> bool:

@@ -2,8 +2,8 @@
 
 The unpickler of torch (`weights_only`) lets no code run, and it does what a file says of sizes: a few bytes can ask
 for gigabytes, for tensors beyond their storage (which then hold whatever lies in memory), or for keys that take for
-ever to hash. Here the opcodes are followed on stand-ins: numbers and texts are themselves, everything else is a
-`PickledCall`, a `Global` or a `Stored`.
+ever to hash. Here the opcodes are followed on stand-ins (see `stand_ins`): numbers and texts are themselves,
+everything else is a `PickledCall`, a `Global` or a `Stored`.
 """
 
 from __future__ import annotations

@@ -225,11 +225,11 @@ def lying(placements, shape):
     return {**found, "count": torch.tensor(3)}
 
 
-def files_of_ranks(folder, as_rank, placements, shape):
+def files_of_ranks(folder, as_rank, placements, shape, name="model_rank_{}.pt"):
     folder.mkdir()
     for rank in range(torch.Size(shape).numel()):
         state = as_rank(rank, torch.Size(shape).numel(), lambda: lying(placements, shape))
-        torch.save({"model": state, "step": 40}, folder / f"model_rank_{rank}.pt")
+        torch.save({"model": state, "step": 40}, folder / name.format(rank, 9 - rank))
     return folder
 
 
@@ -259,6 +259,22 @@ def test_files_of_all_ranks_are_put_together(name, as_rank, tmp_path):
     layer = Layer()
     load_into(layer, checkpoint)
     assert layer.count == 3 and all(torch.equal(getattr(layer, n), whole) for n, whole in WEIGHTS.items())
+
+
+@pytest.mark.parametrize("name", ["step10_rank{}.pt", "{1}_rank{0}.ckpt", "node_rank_{1}.Rank-{0}.bin"])
+def test_the_number_behind_the_word_rank_is_the_rank(name, as_rank, tmp_path):
+    from torch.distributed.tensor import Shard
+
+    layer = Layer()
+    load_into(layer, load_state(files_of_ranks(tmp_path / "ranks", as_rank, [Shard(0)], (3,), name)))
+    assert all(torch.equal(getattr(layer, n), whole) for n, whole in WEIGHTS.items())
+
+
+def test_files_of_ranks_that_do_not_say_how_their_tensors_lie_are_refused(tmp_path):
+    for rank, part in enumerate(WEIGHTS["weight"].chunk(2)):
+        torch.save({"model": {"weight": part.clone()}}, tmp_path / f"mp_rank_0{rank}.pt")
+    with pytest.raises(CheckpointError, match=r"files of 2 ranks, and no tensor in them says how it lies"):
+        load_state(tmp_path)
 
 
 def noted(read, chunk):

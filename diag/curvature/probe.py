@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from diag.curvature.objective import Objective
 from diag.errors import DiagError, InvalidInput, Unsupported, first_line
 from diag.linalg.reductions import length
-from diag.snapshot.batch import Batch, tensors_in
+from diag.snapshot.batch import COUPLED, Batch, tensors_in
 from diag.snapshot.objective.coupling import rounding_of_parts
 from diag.snapshot.reading.data import EXAMPLES_IN_PART
 from diag.snapshot.state.unmade import refuse_unusual
 
 CUT_APART = (
-    "The loss compares the examples of a batch with each other, so what it is depends on the batches, and these "
-    "had to be cut; give smaller batches, as they are meant, without micro_batch=, or allow more memory."
+    f"{COUPLED}, so what it is depends on the batches, and these had to be cut; give smaller batches, as they are "
+    "meant, without micro_batch=, or allow more memory."
 )
 NUM_EXAMPLES = (4, 32)  # at least, at most; between them a sixteenth, so that the test costs about one product
 

@@ -20,9 +20,11 @@ from diag.snapshot.state.host import as_the_program
 from diag.snapshot.state.python import renew
 
 FINGERPRINT_BYTES = 1 << 22
+COUPLED = (
+    "The loss compares the examples of a batch with each other, or weighs them in a way that could not be read"
+)
 COUPLED_EXAMPLES = (
-    "The loss compares the examples of a batch with each other, or weighs them in a way that could not be read, so "
-    "that no part of a batch has a loss of its own; give a loss that averages over examples."
+    f"{COUPLED}, so that no part of a batch has a loss of its own; give a loss that averages over examples."
 )
 RowChoice = slice | Tensor  # from one to another, or their numbers
 LABEL_KEYS = ("labels", "label", "targets", "target")

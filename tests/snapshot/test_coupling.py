@@ -140,6 +140,32 @@ def test_an_operator_that_is_made_directly_does_not_cut_it_either(how, coefficie
         torch.testing.assert_close(operator @ v, truth, rtol=1e-9, atol=1e-12)
 
 
+class Weighing(nn.Module):
+    """Its own loss is a mean by weights that are among its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 3).double()
+
+    def forward(self, x, weight, labels):
+        z = self.head(x)
+        each = F.cross_entropy(z, labels, reduction="none")
+        return {"loss": (each * weight).sum() / weight.sum(), "logits": z}
+
+
+def test_weights_that_could_not_be_read_are_named_as_a_reason():
+    model = Weighing()
+    x, y, weight = torch.randn(24, 6, dtype=torch.float64), torch.randint(0, 3, (24,)), torch.rand(24).double()
+    data = [{"x": x, "weight": weight, "labels": y}]
+    with pytest.raises(Unsupported, match=r"or weighs them in a way that could not be read.*micro_batch="):
+        diag.Snapshot(model, None, data, micro_batch=5).quantity("hessian")
+    labels = torch.where(torch.arange(24) % 7 < 3, -100, y)
+    operator = Hessian(model.head, F.cross_entropy, as_batches((x, labels)), micro_batch=5)
+    with pytest.raises(Unsupported, match=r"or weighs them in a way that could not be read.*micro_batch="):
+        operator @ torch.ones(operator.size, dtype=torch.float64)
+
+
 def test_numbers_in_half_precision_inside_are_not_taken_for_it():
     class Narrow(Routed):
         def forward(self, x, labels=None):

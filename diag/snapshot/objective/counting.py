@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diag.errors import DiagError, InvalidInput, Unsupported
-from diag.snapshot.batch import COUPLED_EXAMPLES, Batch, map_tensors, tensors_in
+from diag.snapshot.batch import COUPLED, COUPLED_EXAMPLES, Batch, map_tensors, tensors_in
 from diag.snapshot.explain import CALL_ERRORS
 from diag.snapshot.forward import Looked, forward_pass, look, look_at
 from diag.snapshot.objective.comparison import Comparison, is_whole
@@ -32,8 +32,8 @@ from diag.snapshot.state.python import renew
 
 EQUAL_COUNTS_WITHIN = 1e-4  # relative: counts that differ by no more are taken to be equal
 MICRO_BATCH = (
-    "The loss compares the examples of a batch with each other, so what it is depends on the batches; leave out "
-    "micro_batch=, and give the data in the batches that are meant."
+    f"{COUPLED}, so what it is depends on the batches; leave out micro_batch=, and give the data in the batches "
+    "that are meant."
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diag.distributed.together import Together
 from diag.errors import Unsupported
+from diag.snapshot.batch import COUPLED
 from diag.snapshot.objective.counting import counted_batches, example_counts
 from diag.snapshot.snapshot import Snapshot
 
@@ -17,9 +18,7 @@ UNLIKE = (
     "On some ranks all examples count alike and on others they do not, or examples have other numbers of targets "
     "on some ranks, so that the weights of the shares are not known; give every rank data of one kind."
 )
-COUPLED_SHARES = (
-    "The loss compares the examples of a batch with each other, so that shares of the data do not add up."
-)
+COUPLED_SHARES = f"{COUPLED}, so that shares of the data do not add up."
 
 
 def weight_of(snapshot: Snapshot, together: Together) -> float:

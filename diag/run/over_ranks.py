@@ -2,10 +2,10 @@
 
 Under torchrun every rank builds the same model and data, and loads the same checkpoint. What goes through the data
 again and again (curvature, gradients of examples, networks between two) they measure together, each on its share.
-Of a model that is sharded each takes a whole copy where there is room for it; else the weights of one layer at a
-time are gathered, and what is measured so is all that is.
 All else rank 0 measures alone on all the data; where the build function gave each rank other data, what can be put
-together is, and the rest is refused with that reason.
+together is, and the rest is refused with that reason. Of a model that is sharded each takes a whole copy where
+there is room for it; else the weights of one layer at a time are gathered, and only what can be put together of
+them is measured.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from diag.linalg.deadline import free_memory
 from diag.registry import Instrument, attempt, is_put_together, requires
 from diag.result import Outcome, Skipped
 from diag.snapshot.reading.data import all_alike
-from diag.snapshot.sharded.by_layer import can_gather_by_layer
-from diag.snapshot.sharded.whole import fits_whole, is_sharded, whole_copy
+from diag.snapshot.sharded.chosen_model import is_gathered_by_layer
+from diag.snapshot.sharded.whole import is_sharded, whole_copy
 from diag.snapshot.snapshot import Snapshot
 from diag.snapshot.validation import BY_LAYER
 
@@ -33,7 +33,6 @@ APART = (
     "Each rank was given different data, which this measurement cannot combine; let the build function give every "
     "rank all of the data, and the ranks divide it themselves."
 )
-
 IN_PARTS_ONLY = (
     "This measurement is not put together over ranks, and no rank holds the whole network to make it alone; where "
     "a whole copy fits on each rank, leave out ranks='by_layer'."
@@ -83,17 +82,9 @@ class AllRanks(OneProcess):
         has_data = arguments.get("data") is not None
         self._apart = has_data and not all_alike(Snapshot(model, **arguments).batches, self._together)
         self._shared: Snapshot | None = None
-        self._by_layer = self._no_rank_has_all(chosen)
+        bare = bare_model(model)
+        self._by_layer = is_sharded(bare) and is_gathered_by_layer(bare, chosen, self._together)
         self.takes_previous = not self._by_layer
-
-    def _no_rank_has_all(self, chosen: Any) -> bool:
-        model = bare_model(self._model)
-        if not is_sharded(model):
-            return False
-        if chosen == BY_LAYER:
-            return True
-        fits = fits_whole(model, self._together, free_memory(self._together.device))
-        return not fits and can_gather_by_layer(model, self._together.world)
 
     def begin(self, previous: Any) -> None:
         """A checkpoint has been loaded on every rank."""

@@ -22,17 +22,22 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def is_gathered_by_layer(model: nn.Module, chosen: Any, ranks: Together) -> bool:
+    """Whether the layers of a sharded model are gathered one at a time: where that is chosen, or nothing else fits.
+
+    Where that cannot be done either, the whole copy is refused with its reason.
+    """
+    if chosen == BY_LAYER:
+        return True
+    fits = fits_whole(model, ranks, free_memory(ranks.device))
+    return not fits and can_gather_by_layer(model, ranks.world)
+
+
 def by_layer_of(arguments: Mapping[str, Any], ranks: Together | None) -> ByLayer | None:
-    """The sharded model as one whose layers are gathered one at a time, where that is asked for or nothing else
-    fits."""
+    """The sharded model as one whose layers are gathered one at a time, where that is so."""
     model = bare_model(arguments["model"])
-    if ranks is None:
+    if ranks is None or not is_gathered_by_layer(model, arguments["ranks"], ranks):
         return None
-    if arguments["ranks"] != BY_LAYER:
-        if fits_whole(model, ranks, free_memory(device_of(model))):
-            return None
-        if not can_gather_by_layer(model, ranks.world):
-            return None  # the whole copy is refused with its reason
     return ByLayer(model, ranks)
 
 

@@ -322,6 +322,23 @@ def test_the_downloaded_data_have_the_texts_about_the_checks(browser, tmp_path):
     assert got == {key: value for key, value in report.document.items() if key != "drawings"}
 
 
+def test_a_text_about_a_check_may_begin_as_the_name_of_a_card_does(browser, made, tmp_path):
+    import json
+
+    from diag.reporting import render
+
+    texts = {audit["id"]: "# What it is" for audit in made["audits"] if audit["level"] == "skipped"}
+    document = made | {"audits": [a | {"documentation": texts.get(a["id"], "")} for a in made["audits"]]}
+    (tmp_path / "page.html").write_text(render(document), encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "page.html").as_uri())
+    with page.expect_download(timeout=5_000) as waiting:
+        page.locator("#download").click()
+    got = json.loads(Path(waiting.value.path()).read_text())
+    page.close()
+    assert texts and got["audits"] == document["audits"]
+
+
 def test_a_notebook_fragment_leaves_its_surroundings_alone(browser, made):
     from diag.reporting import Page
 

@@ -295,7 +295,7 @@
     download.hidden = false;
     download.addEventListener("click", () => {
       // In the text, as numbers that are read and written again may lose digits.
-      const whole = source.textContent.replace(/"documentation":"(#[^"]*)"/g, (all, card) => {
+      const whole = source.textContent.replace(/"documentation":"(#check-[^"]*)"/g, (all, card) => {
         const text = find(`${card} .doc`);
         return text ? `"documentation":${JSON.stringify(text.textContent)}` : all;
       });

@@ -30,10 +30,7 @@ from diag.snapshot.objective.shares import Counted
 from diag.snapshot.reading.data import Cut, equally_many, read_batches, shared_out
 from diag.snapshot.sharded.chosen_model import by_layer_of, device_of, model_to_measure
 from diag.snapshot.sharded.quantities import refuse_shared
-from diag.snapshot.sharded.whole import (
-    refuse_another_function,
-    sharded_as,
-)
+from diag.snapshot.sharded.whole import refuse_another_function, sharded_as
 from diag.snapshot.state.hook_check import HookCheck
 from diag.snapshot.state.hooks import is_silent
 from diag.snapshot.state.host import on_host

@@ -7,8 +7,9 @@ back in its order, in the same dict, and those for saved tensors are put back on
 torch's own, without which the network is another one (the weight under the old `spectral_norm` and `weight_norm`,
 pruning, FSDP).
 
-A forward hook may change what the network gives. One that could, as far as its code tells, is tried once, on the
-first examples (`changing_hooks`): where the network gives something else without it, the model is refused.
+A forward hook may change what the network gives. One that could, as far as its code tells (see `doubtful_hooks`),
+is tried once, on the first examples (see `hook_check`): where the network gives something else without it, the
+model is refused.
 """
 
 from __future__ import annotations

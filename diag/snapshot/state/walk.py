@@ -84,7 +84,6 @@ class Walk:
                 break
             with contextlib.suppress(Exception):  # what does not let itself be looked at is left alone
                 self._enter(*self._queue.popleft())
-
         if self._empty:
             self.kept.append(("a list, dict or set that was empty", kinds.Empty(self._empty)))
 

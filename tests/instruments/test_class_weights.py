@@ -109,6 +109,11 @@ def test_a_weight_that_makes_rare_ones_count_less_still_is_told():
     assert binary(0.1, 0.001).cause == Cause.CLASS_WEIGHTS_WRONG
 
 
+@pytest.mark.parametrize(("share", "weight"), [(0.9, 0.1 / 0.9), (0.95, 0.2), (0.5, 0.2), (0.95, 1.0), (0.95, 1.2)])
+def test_weights_that_even_out_frequent_ones_or_are_next_to_none_are_fine(share, weight):
+    assert binary(share, weight).level == "ok"
+
+
 def test_a_share_of_ones_that_a_few_rows_do_not_tell_is_left_alone():
     assert binary(2 / 16, 99.0, entries=16).level == "ok"
     assert binary(2 / 16, 0.1, entries=16).level == "ok"

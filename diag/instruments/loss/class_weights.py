@@ -82,10 +82,19 @@ def _findings(f: LossFacts, loop: Loop, nothing: float) -> Iterator[LoopFinding]
 def _of_ones(f: LossFacts) -> Iterator[LoopFinding]:
     """What the weights of the ones leave ones and zeros of binary cross-entropy."""
     columns = list(zip(f.positive_weights, f.ones, strict=False))
-    # What a few more ones by chance would say is not told.
+    # What a few more ones by chance would say is not told, nor what frequent ones say without a weight.
     counted = [(w, n / f.entries, _at_least(n) / f.entries) for w, n in columns]
-    large = [(w * s / (1 - s), w, s) for w, s, low in counted if w > 1 > s and w * low > FAR_ABOVE_EVEN * (1 - low)]
-    small = [(w, w, s) for w, s, low in counted if 0 < w < FAR_BELOW_ONE and w * (1 - low) < NEAR_INVERSE * low]
+    large = [
+        (w * s / (1 - s), w, s)
+        for w, s, low in counted
+        if s < 1 and w > RATIO_TOLD_APART and w * low > FAR_ABOVE_EVEN * (1 - low)
+    ]
+    rare = [_at_least(f.entries - n) > n for _, n in columns]
+    small = [
+        (w, w, s)
+        for (w, s, low), seldom in zip(counted, rare, strict=True)
+        if seldom and 0 < w < FAR_BELOW_ONE and w * (1 - low) < NEAR_INVERSE * low
+    ]
     if large:
         times, weight, share = max(large)
         yield _finding(

@@ -174,18 +174,18 @@ def test_an_optimizer_that_begins_with_other_weights_is_that_of_another_training
 
 
 @pytest.mark.parametrize(
-    ("rates", "again", "level"),
+    ("rates", "epoch", "level"),
     [
-        ((1e-3, 1e-4, 1e-5), 26, "ok"),
-        ((1e-3, 1e-3, 1e-3), 26, "warning"),
-        ((1e-3, 1e-4, 1e-5), 76, "warning"),  # one each epoch, with a rate that falls by hand
+        ((1e-3, 1e-4, 1e-5), 25, "ok"),
+        ((1e-3, 1e-3, 1e-3), 25, "warning"),
+        ((1e-3, 1e-4, 1e-5), 75, "warning"),  # one each epoch, with a rate that falls by hand
         ((1e-3, 1e-4, 1e-5), 0, "warning"),
     ],
 )
-def test_optimizers_of_phases_that_differ_and_last_for_epochs_are_meant(rates, again, level):
+def test_optimizers_of_phases_that_differ_and_last_for_epochs_are_meant(rates, epoch, level):
     alone = folds(())
     made = [dataclasses.replace(o, made_with=({"lr": r},)) for o, r in zip(alone.optimizers, rates, strict=True)]
-    batches = dataclasses.replace(alone.batches, again=again)
+    batches = dataclasses.replace(alone.batches, loader_batches=epoch)
     loop = dataclasses.replace(alone, optimizers=tuple(made), batches=batches)
     assert diag.optimizer_kept(loop=loop).verdict().level == level
 

@@ -10,6 +10,7 @@ from typing import Any
 from diag.errors import counted
 from diag.instruments.causes import Cause
 from diag.instruments.loop.findings import NO_STEP, SOURCE, THRICE, TWICE, LoopCheck, LoopFinding, judged
+from diag.instruments.loop.schedule.too_fast import steps_an_epoch
 from diag.registry import instrument
 from diag.result import Level
 from diag.snapshot.loop.facts import Loop
@@ -74,7 +75,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
 def _are_phases(chain: list[OptimizerFacts], loop: Loop) -> bool:
     """Whether each was made with other settings than the one before, and lasted for epochs, as the phases of a
     training do that are planned."""
-    epoch = loop.batches.again - 1
+    epoch = steps_an_epoch(loop)
     planned = not any(made_alike(a, b) for a, b in pairwise(chain))
     return planned and epoch > 0 and all(o.steps >= EPOCHS_OF_A_PHASE * epoch for o in chain[:-1])
 

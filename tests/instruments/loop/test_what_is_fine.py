@@ -1,13 +1,16 @@
 """What a check says of a loop where it finds nothing is true, too: what happens once may be meant, and is told."""
 
+import itertools
 import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import diag
+from diag.instruments.causes import Cause
 
 X = torch.randn(480, 6, generator=torch.Generator().manual_seed(0))
 Y = X[:, :3].argmax(1)
@@ -157,3 +160,17 @@ def test_what_was_not_looked_at_is_not_spoken_of():
             usual(model, optimizer, s)
     for found in watcher.run.findings():
         assert "steps that were looked at" in found.verdict.sentence
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_phases_of_a_watched_training_are_known_by_its_loader(epochs):
+    model, data = nn.Linear(6, 3), TensorDataset(X[:40], Y[:40])
+    with diag.watch(model, instruments=["optimizer_kept"]) as watcher:
+        for rate in (1e-2, 1e-3, 1e-4):
+            optimizer = torch.optim.Adam(model.parameters(), rate)
+            for x, y in itertools.chain.from_iterable([DataLoader(data, 10, shuffle=True)] * epochs):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    told = [f.verdict.cause for f in watcher.findings]
+    assert told == ([Cause.OPTIMIZER_RECREATED] if epochs == 1 else [])

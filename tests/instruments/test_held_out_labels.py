@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
@@ -113,6 +114,20 @@ def test_two_classes_that_are_answered_for_one_another_in_part_are_no_exchange()
         return logits_of(torch.where(torch.rand(v.shape, generator=generator) < 0.5, other, v))
 
     assert judged(lambda v: v, answers=confused).verdict().level == "ok"
+
+
+@pytest.mark.parametrize(("rows", "told"), [(5, False), (40, True)])
+def test_few_answers_of_classes_that_cannot_be_told_apart_are_no_exchange(rows, told):
+    """Three in five of either have the other's label, as one time in four by chance; of many, four in five."""
+    like = torch.arange(5) < (4 if told else 3)
+    answers = torch.tensor([0] * 60 + [1] * rows + [2] * rows)
+    theirs = torch.where(like.repeat(rows // 5 * 2), 3 - answers[60:], answers[60:])
+    (x, y), inputs = data(300, 0, 3), torch.randn(len(answers), 6)
+    result = diag.held_out_labels(
+        inputs=x, logits=logits_of(y, classes=3), labels=y, held_out_inputs=inputs,
+        held_out_logits=5 * F.one_hot(answers, 3).float(), held_out_labels=torch.cat([answers[:60], theirs]),
+    )  # fmt: skip
+    assert result.exchanged == (((1, 2), (2, 1)) if told else ())
 
 
 def test_classes_that_training_exchanges_too_are_no_exchange():

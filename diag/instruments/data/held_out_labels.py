@@ -219,14 +219,18 @@ def _exchanged(
     numbers: tuple[tuple[int, int], ...], answers: Tensor, labels: Tensor, theirs: Tensor, their_labels: Tensor
 ) -> tuple[tuple[int, int], ...]:
     """The classes that changed places among themselves while others kept theirs, with the held-out label of each;
-    none where one of them is not answered right in training, or seldom has that label."""
+    none where one of them is not answered right in training, seldom has that label, or where all of them are so few
+    that answers which cannot tell two classes apart would have it as often by chance."""
     moved = tuple((a, b) for a, b in numbers if a != b)
     closed = {a for a, _ in moved} == {b for _, b in moved}
     if not moved or not closed or len(moved) == len(numbers):
         return ()
     own = (_share_of(((a, a),), answers, labels) >= ANSWERED_RIGHT for a, _ in moved)
     other = (_share_of((pair,), theirs, their_labels) >= EXCHANGED for pair in moved)
-    return moved if all(own) and all(other) else ()
+    if not (all(own) and all(other)):
+        return ()
+    by_chance = 0.5 + ERRORS_ABOVE_CHANCE * 0.5 / math.sqrt(sum(int((theirs == a).sum()) for a, _ in moved))
+    return moved if _share_of(moved, theirs, their_labels) >= by_chance else ()
 
 
 def _share_of(pairs: tuple[tuple[int, int], ...], answers: Tensor, labels: Tensor) -> float:

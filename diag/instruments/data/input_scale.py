@@ -110,7 +110,7 @@ class InputScale(Result):
                 f"Feature {self.fill_feature} is the same number, {format_number(self.fill)}, in {self.filled:,} "
                 f"of {self.examples:,} rows, {format_number(self.fill_away)} times as far from all its other "
                 "numbers as these lie apart, as a code for missing values (-999) does: beside it the others are "
-                "nearly one.",
+                "nearly equal.",
                 "Fill such values in with the median or mean of the others, before the scale of the feature is "
                 "taken, and give the network a feature that says where they were missing.",
                 self.fill_away, FILL_AWAY, Confidence.ARITHMETIC,
@@ -268,16 +268,16 @@ def _fill(rows: Tensor) -> tuple[int, float, int, float]:
     that is farthest from its others; -1 and no rows where there is none."""
     n, best = len(rows), (-1, math.nan, 0, math.nan)
     ordered = rows.sort(0).values
-    for end in (ordered[0], ordered[-1]):  # such a number is the smallest or the largest
+    for end, by_distance in ((ordered[0], ordered), (ordered[-1], -ordered.flip(0))):  # the smallest or the largest
         here = (ordered == end).sum(0)
+        nearest = by_distance.gather(0, here.clamp_max(n - 1)[None])[0]
+        reach = by_distance[-1] - nearest
+        away = (nearest - by_distance[0]) / reach
         enough = (here >= max(FEWEST_OF_FILL, SHARE_OF_FILL * n)) & (n - here >= OTHERS_AT_LEAST)
-        for feature in enough.nonzero().flatten().tolist():
-            others = rows[rows[:, feature] != end[feature], feature]
-            reach = float(others.max() - others.min())
-            away = float((others - end[feature]).abs().min()) / reach if reach > 0 else 0.0
-            differ = len(others.unique()) >= OTHERS_DIFFER * len(others)
-            if differ and away >= FILL_AWAY and not away <= best[3]:
-                best = (feature, float(end[feature]), int(here[feature]), away)
+        for feature in (enough & (reach > 0) & (away >= FILL_AWAY)).nonzero().flatten().tolist():
+            others, far = by_distance[here[feature] :, feature], float(away[feature])
+            if len(others.unique()) >= OTHERS_DIFFER * len(others) and not far <= best[3]:
+                best = (feature, float(end[feature]), int(here[feature]), far)
     return best
 
 

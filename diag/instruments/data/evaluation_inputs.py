@@ -62,8 +62,8 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     seen = Precondition(
         "both",
         both or bool(loop.columns.features) or any(n.tokens for n in loop.novelty),
-        f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in "
-        f"evaluation mode, and no ids or tokens.",
+        f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in evaluation "
+        "mode, and no ids or tokens.",
     )
     findings = list(_of_order(loop.columns))
     findings = findings or (list(_of_all_entries(loop.inputs)) if both else [])
@@ -105,8 +105,8 @@ def _of_all_entries(i: InputFacts) -> Iterator[LoopFinding]:
     if ratio > SPREAD_RATIO or shift > MEAN_SHIFT:
         yield _differs(
             f"Inputs are not the same in evaluation: they have a mean of {format_number(i.evaluated_mean)} and a "
-            f"standard deviation of {format_number(i.evaluated_deviation)}, in training "
-            f"{format_number(i.mean)} and {format_number(i.deviation)}.",
+            f"standard deviation of {format_number(i.evaluated_deviation)}, in training {format_number(i.mean)} "
+            f"and {format_number(i.deviation)}.",
             "Prepare both in the same way, with the mean and standard deviation of the training data.",
             "The two are prepared by the same code, and their sources differ so much.",
         )

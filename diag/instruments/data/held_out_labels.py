@@ -69,10 +69,9 @@ class HeldOutLabels(Result):
 
     def _of_other_numbers(self) -> Verdict:
         return self._told(
-            "Held-out labels give the classes other numbers than training's: "
-            f"{format_share(self.renumbered)} of the held-out examples are answered right once the "
-            f"classes are renumbered ({_pairs(self.numbers)}), and "
-            f"{format_share(self.held_out_accuracy)} as they are.",
+            f"Held-out labels give the classes other numbers than training's: {format_share(self.renumbered)} of "
+            f"the held-out examples are answered right once the classes are renumbered ({_pairs(self.numbers)}), "
+            f"and {format_share(self.held_out_accuracy)} as they are.",
             ONE_LIST,
             self.renumbered,
             RENUMBERED,
@@ -80,9 +79,9 @@ class HeldOutLabels(Result):
 
     def _of_exchanged(self) -> Verdict:
         return self._told(
-            f"Held-out labels have classes exchanged ({_pairs(self.exchanged)}): of the held-out examples that "
-            f"are answered with one of these, {format_share(self.exchanged_share)} carry the other's label, "
-            f"while {format_share(self.accuracy)} of all training examples are answered as they are labelled.",
+            f"Held-out labels have classes exchanged ({_pairs(self.exchanged)}): of the held-out examples that are "
+            f"answered with one of these, {format_share(self.exchanged_share)} carry the other's label, while "
+            f"{format_share(self.accuracy)} of all training examples are answered as they are labelled.",
             ONE_LIST,
             self.exchanged_share,
             EXCHANGED,
@@ -90,11 +89,10 @@ class HeldOutLabels(Result):
 
     def _of_others(self) -> Verdict:
         return self._told(
-            f"Held-out labels do not seem to belong to their inputs: {format_share(self.accuracy)} of the "
-            f"training examples are answered right and {format_share(self.held_out_accuracy)} of the held-out "
-            "ones, and labels depend on their inputs in training "
-            f"(p = {format_number(self.p_value)}) and not in the held-out set "
-            f"(p = {format_number(self.held_out_p_value)}).",
+            f"Held-out labels do not seem to belong to their inputs: {format_share(self.accuracy)} of the training "
+            f"examples are answered right and {format_share(self.held_out_accuracy)} of the held-out ones, and "
+            f"labels depend on their inputs in training (p = {format_number(self.p_value)}) and not in the "
+            f"held-out set (p = {format_number(self.held_out_p_value)}).",
             "Look at ten held-out examples with their labels: one of the two may have been shuffled, sorted or "
             "filtered without the other.",
             self.held_out_p_value,

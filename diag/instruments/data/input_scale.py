@@ -98,8 +98,8 @@ class InputScale(Result):
             what += "" if self.constant == 1.0 else f"{self._features} are the same for every example"
             yield self._bad(
                 Level.ALARM if self.constant == 1.0 else Level.WARNING, Cause.INPUTS_CONSTANT, f"{what}.",
-                "Look at what the data set returns for two different rows, and at joins and fills that may "
-                "have failed.",
+                "Look at what the data set returns for two different rows, and at joins and fills that may have "
+                "failed.",
                 self.constant, self.setting("constant"), Confidence.ARITHMETIC,
             )  # fmt: skip
 
@@ -121,10 +121,10 @@ class InputScale(Result):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_NOT_NORMALIZED,
                 f"{self._inputs} are not normalised: their size is {format_number(self.size)} (mean "
-                f"{format_number(self.mean)}, standard deviation {format_number(self.std)}), where about 1 "
-                f"is expected.",
-                "Subtract the mean and divide by the standard deviation of the training data (bytes: divide "
-                "by 255).",
+                f"{format_number(self.mean)}, standard deviation {format_number(self.std)}), where about 1 is "
+                "expected.",
+                "Subtract the mean and divide by the standard deviation of the training data (bytes: divide by "
+                "255).",
                 self.size, self.setting("large"), Confidence.WEAK_EMPIRICAL,
             )  # fmt: skip
         if self.scale_ratio > self.setting("ratio"):
@@ -139,9 +139,8 @@ class InputScale(Result):
         if self.std < self.setting("small"):
             yield self._bad(
                 Level.WARNING, Cause.INPUTS_TOO_SMALL,
-                f"{self._inputs} hardly vary: their standard deviation is {format_number(self.std)}, where "
-                f"about 1 is "
-                "expected.",
+                f"{self._inputs} hardly vary: their standard deviation is {format_number(self.std)}, where about 1 "
+                "is expected.",
                 "Look for a normalisation that is done twice (dividing by 255 where the data is in [0, 1] "
                 "already).",
                 self.std, self.setting("small"), Confidence.WEAK_EMPIRICAL,

@@ -38,9 +38,8 @@ def action_values(loop: Loop) -> ActionValues:
     )
     by_index = sum(not look.largest for look in looks)
     fine = (
-        f"The loss corrects values that an index gives at {by_index:,} of {len(looks):,} backward passes "
-        f"looked at, "
-        "and was not seen to correct those of actions that were not taken."
+        f"The loss corrects values that an index gives at {by_index:,} of {len(looks):,} backward passes looked "
+        "at, and was not seen to correct those of actions that were not taken."
     )
     return judged(ActionValues, loop.step, list(_findings(looks)), fine, preconditions=(known,))
 
@@ -50,9 +49,8 @@ def _findings(looks: tuple[ActionLook, ...]) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.ACTION_NOT_TAKEN,
-            "The loss corrects the largest value of each row, whatever action was taken: at all "
-            f"{len(looks):,} backward passes that were looked at it compares the maximum over the outputs with "
-            "the target.",
+            f"The loss corrects the largest value of each row, whatever action was taken: at all {len(looks):,} "
+            "backward passes that were looked at it compares the maximum over the outputs with the target.",
             "Take the value of the action that was taken: q.gather(1, actions[:, None]).",
             "Actions that are always those of the largest value.",
             step=looks[0].step,

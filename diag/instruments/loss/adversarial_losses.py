@@ -98,9 +98,8 @@ def _one_step_for_both(told: list[GameLook], shared: int) -> LoopFinding:
         Level.ALARM,
         Cause.PARAMETER_IN_TWO_OPTIMIZERS,
         "The generator's step moves the discriminator, too: the optimizer that holds the generator holds "
-        f"{shared:,} of the discriminator's parameters, which have an optimizer of their own, and on "
-        f"generated rows "
-        "the two losses want opposite answers of it.",
+        f"{shared:,} of the discriminator's parameters, which have an optimizer of their own, and on generated "
+        "rows the two losses want opposite answers of it.",
         "Give each optimizer the parameters of its own network: generator.parameters() and "
         "discriminator.parameters().",
         "An optimizer of the generator that holds nothing of the discriminator.",

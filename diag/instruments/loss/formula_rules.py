@@ -77,9 +77,8 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     ),
     Odd.VARIANCE_CLAMPED: FormulaRule(
         Cause.LOSS_UNBOUNDED,
-        "{share} of the variances that the loss divides by lie at the {least} that a clamp keeps them at: "
-        "there they "
-        "have no gradient, and an error counts {times} times.",
+        "{share} of the variances that the loss divides by lie at the {least} that a clamp keeps them at: there "
+        "they have no gradient, and an error counts {times} times.",
         "Make the variance positive by softplus or exp of the output, and add a small number to it.",
         "Variances above the clamp.",
         words=lambda n: {"times": format_number(1 / n["least"])},
@@ -94,9 +93,8 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     ),
     Odd.FLOW_FALLS: FormulaRule(
         Cause.LOSS_UNBOUNDED,
-        "The loss has no lower bound: the exponents of {layers} exponentials that scale the latent are "
-        "added to it, "
-        "so that it falls with them as the squared latent does (the log-determinant has the wrong sign).",
+        "The loss has no lower bound: the exponents of {layers} exponentials that scale the latent are added to "
+        "it, so that it falls with them as the squared latent does (the log-determinant has the wrong sign).",
         "Subtract the log-determinant from the loss (add it to the log-likelihood).",
         "Exponents that enter the loss with a minus sign.",
     ),
@@ -121,9 +119,8 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     ),
     Odd.NOISE_UNRELATED: FormulaRule(
         Cause.LABELS_SHUFFLED,
-        "The noise that the network is asked for is not in its input: at each look the targets, {numbers} "
-        "entries of "
-        "standard normal noise, are correlated with neither the inputs nor the outputs.",
+        "The noise that the network is asked for is not in its input: at each look the targets, {numbers} entries "
+        "of standard normal noise, are correlated with neither the inputs nor the outputs.",
         "Keep the noise that is added to the input, and ask for that; do not draw it once more.",
         "Inputs that are correlated with their targets.",
     ),
@@ -140,20 +137,17 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     Odd.MET_BY_ZERO: FormulaRule(
         Cause.ERRORS_CANCEL,
         "A network that answers zero everywhere makes the loss zero: it is a sum of squares of what the network "
-        "computes, and nothing in it is compared with a number that is given (a target, a condition at the "
-        "start or "
-        "at a boundary).",
+        "computes, and nothing in it is compared with a number that is given (a target, a condition at the start "
+        "or at a boundary).",
         "Add the term that is to keep the answer from zero: initial and boundary conditions of an equation, the "
         "pairs that are to differ of a comparison.",
         "A term with a given number in it.",
     ),
     Odd.DILUTED: FormulaRule(
         Cause.IGNORED_LABELS_COUNTED,
-        "A term of the loss is a mean over {rows} rows of targets, of which {empty} are zero throughout; "
-        "another term "
-        "is taken over the {full} others alone. Where there is no target the network is trained to answer "
-        "zero, and "
-        "the rows that have one count that much less.",
+        "A term of the loss is a mean over {rows} rows of targets, of which {empty} are zero throughout; another "
+        "term is taken over the {full} others alone. Where there is no target the network is trained to answer "
+        "zero, and the rows that have one count that much less.",
         "Take this mean over the rows that have a target: loss(output[mask], target[mask]).",
         "Zeros that are targets in their own right.",
         Level.WARNING,
@@ -162,11 +156,9 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     Odd.ONE_TARGET: FormulaRule(
         Cause.ERRORS_CANCEL,
         "Only entries with {kept} {target} count in the loss: its mask leaves out all others, {left} of the "
-        "targets, "
-        "so that the same answer everywhere is right everywhere.",
-        "Let the other entries count too (with a weight, if they are many), and use the mask for the terms "
-        "that only "
-        "exist at the chosen entries.",
+        "targets, so that the same answer everywhere is right everywhere.",
+        "Let the other entries count too (with a weight, if they are many), and use the mask for the terms that "
+        "only exist at the chosen entries.",
         "Another term that asks for the other targets.",
         words=_either("classes", "kept", "class", "a target of"),
     ),
@@ -179,18 +171,16 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     ),
     Odd.PAIRS_BOUNDED: FormulaRule(
         Cause.OUTPUT_RANGE,
-        "The scores whose differences the loss takes are outputs of a {of}: they differ by at most {width}, "
-        "so that "
-        "no pair's loss falls below {least}.",
+        "The scores whose differences the loss takes are outputs of a {of}: they differ by at most {width}, so "
+        "that no pair's loss falls below {least}.",
         "Take the {of} out of the model: a ranking loss takes scores of any size.",
         "Scores that differ by more.",
         Level.WARNING,
     ),
     Odd.LIKELIHOOD_DESCENDED: FormulaRule(
         Cause.LOSS_ASCENDED,
-        "Training makes what was observed less likely: the loss is the log-probability of the labels "
-        "itself, and it "
-        "falls without end as that probability goes to zero.",
+        "Training makes what was observed less likely: the loss is the log-probability of the labels itself, and "
+        "it falls without end as that probability goes to zero.",
         "Put a minus sign before the log-likelihood.",
         "A loss that is meant to unlearn these labels.",
         Level.WARNING,
@@ -239,17 +229,15 @@ FORMULA_RULES: dict[Odd, FormulaRule] = {
     ),
     Odd.SECOND_DERIVATIVE: FormulaRule(
         Cause.DERIVATIVE_ZERO,
-        "The loss takes a second derivative through a ReLU, which is exactly zero: the network is piecewise "
-        "linear in "
-        "what it is differentiated by, so that this term is zero whatever the weights are.",
+        "The loss takes a second derivative through a ReLU, which is exactly zero: the network is piecewise linear "
+        "in what it is differentiated by, so that this term is zero whatever the weights are.",
         "Use a smooth activation function (tanh, SiLU, softplus, sine) where a loss has second derivatives.",
         "A second derivative that is not zero.",
     ),
     Odd.SUMMED: FormulaRule(
         Cause.LOSS_SUMMED,
-        "The loss is a sum over the {rows} rows of a batch where a mean is usual, so with SGD the step is "
-        "that of a "
-        "learning rate {rows} times as large, and it grows with the batch.",
+        "The loss is a sum over the {rows} rows of a batch where a mean is usual, so with SGD the step is that of "
+        "a learning rate {rows} times as large, and it grows with the batch.",
         "Use the mean over the batch, or divide the learning rate by {rows}.",
         "A learning rate that was chosen for the sum.",
         Level.WARNING,

@@ -103,8 +103,8 @@ def _sequences(s: SequenceFacts) -> Iterator[LoopFinding]:
         yield _found(
             Level.WARNING,
             Cause.IGNORED_LABELS_COUNTED,
-            f"Padding counts in the loss: at {format_share(s.filled)} of the places that count the token is "
-            f"the one that fills the ends of rows, and the target is {s.filled_class} at all of them.",
+            f"Padding counts in the loss: at {format_share(s.filled)} of the places that count the token is the "
+            f"one that fills the ends of rows, and the target is {s.filled_class} at all of them.",
             "Give these places the loss's ignore_index.",
             "Ends of rows that are meant to be told from the rest.",
         )
@@ -171,11 +171,10 @@ def _unrelated(step: int, m: MaskFacts) -> Iterator[LoopFinding]:
         yield _found(
             Level.WARNING,
             Cause.LABELS_SHUFFLED,
-            f"Masks do not seem to belong to their images: after {step:,} steps the network's answer is most "
-            f"like the row's own mask in {m.as_given:,} of {m.rows:,} rows that were looked at, and what an "
-            f"image shows is no more "
-            f"correlated with its own mask (up to {format_number(m.related)}) than with those of other images "
-            f"(up to {format_number(m.unrelated)}).",
+            f"Masks do not seem to belong to their images: after {step:,} steps the network's answer is most like "
+            f"the row's own mask in {m.as_given:,} of {m.rows:,} rows that were looked at, and what an image shows "
+            f"is no more correlated with its own mask (up to {format_number(m.related)}) than with those of other "
+            f"images (up to {format_number(m.unrelated)}).",
             "Draw some masks over their images as the loop sees them: one of the two may have been listed, "
             "sorted or shuffled without the other.",
             "A network that learns these masks with more steps.",

@@ -72,10 +72,9 @@ def _findings(loop: Loop, dropped: float) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.UNDERFITTING,
-            f"Dropout of {worst:g} ({layers_called([name for name, _ in high])}) leaves "
-            f"{format_share(1 - worst)} of the "
-            f"units in each training step and {rest}, far more than helps training (rates of 0.1 to 0.5 "
-            "are common).",
+            f"Dropout of {worst:g} ({layers_called([name for name, _ in high])}) leaves {format_share(1 - worst)} "
+            f"of the units in each training step and {rest}, far more than helps training (rates of 0.1 to 0.5 are "
+            "common).",
             "Use a rate of 0.1 to 0.5; p is the share that is dropped, not kept.",
             "At a rate of 0.5 the training loss falls no lower.",
             step=1,

@@ -75,3 +75,27 @@ def test_layers_without_an_activation_function_are_told(between):
 )
 def test_networks_that_are_not_linear_or_are_so_for_a_reason_are_fine(layers):
     assert trained(nn.Sequential(*layers)) == []
+
+
+@pytest.mark.parametrize(
+    ("between", "told"),
+    [
+        (lambda h, x: h * (h > 0), False),  # a ReLU
+        (lambda h, x: h * (h > 0).float(), False),
+        (lambda h, x: h * x, False),
+        (lambda h, x: h / h.norm(dim=1, keepdim=True).detach(), False),
+        (lambda h, x: h + x.relu(), False),
+        (lambda h, x: 0.5 * h / 3, True),
+    ],
+    ids=["mask", "mask of numbers", "gate", "norm", "another input", "scale"],
+)
+def test_a_product_with_what_is_made_of_the_data_is_not_linear(between, told):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(between(self.first(x), x))
+
+    assert [v.cause for v in trained(Between())] == ([Cause.UNDERFITTING] if told else [])

@@ -55,7 +55,7 @@ def _linear(loop: Loop) -> Iterator[LoopFinding]:
         Level.WARNING,
         Cause.UNDERFITTING,
         f"No activation function stands between the network's {len(names)} linear layers, so that together they "
-        "can do no more than one of them.",
+        "compute nothing that a single one could not.",
         "Put an activation function after each linear layer but the last: nn.ReLU(), nn.GELU().",
         "A network that is meant to be linear.",
         step=1,

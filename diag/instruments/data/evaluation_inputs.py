@@ -92,9 +92,9 @@ def _of_order(c: ColumnFacts) -> Iterator[LoopFinding]:
     if c.moved:
         places = [f"column {there} is like training's {here}" for there, here in c.moved]
         yield _differs(
-            f"The columns of the inputs stand in another order in evaluation: {len(c.moved):,} of them are not "
-            f"like training's at their place and like one at another, by their distributions and correlations "
-            f"({named(places, 3)}).",
+            "The columns of the inputs stand in another order in evaluation: by their distributions and "
+            f"correlations {len(c.moved):,} of them are like a column that training has at another place, and not "
+            f"like the one at their own ({named(places, 3)}).",
             "Take the columns of both tables by one list of names.",
             "The names of the columns, in the order in which the model gets them, agree.",
         )

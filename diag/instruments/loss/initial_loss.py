@@ -26,9 +26,8 @@ from diag.snapshot.loop.facts import Loop
 SOURCE = "arithmetic: the loss of K equally likely classes is log K"
 TIMES_GUESSING, NATS_ABOVE_GUESSING = 2.0, 1.0
 SAME_LOSS_WITHIN = 1e-2
-STEPS_TO_UNLEARN = (
-    30  # in which a new head on trained layers comes below the loss of guessing, where nothing is wrong
-)
+# In which a new head on trained layers comes below the loss of guessing, where nothing is wrong.
+STEPS_TO_UNLEARN = 30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from diag.display import format_share
 from diag.result import Result, measured
 
+SOURCE = "arithmetic of the recorded steps"
 ADAPTIVE_OPTIMIZERS = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 MEASUREMENTS_IN_A_ROW = 5
 ENOUGH_STEPS = 30

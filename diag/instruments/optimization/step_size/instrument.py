@@ -28,7 +28,7 @@ from diag.instruments.optimization.course import (
 )
 from diag.instruments.optimization.divergence import LOSS_RATIO
 from diag.instruments.optimization.step_size import measuring
-from diag.instruments.optimization.step_size.fields import MEASUREMENTS_IN_A_ROW, MeasuredSteps
+from diag.instruments.optimization.step_size.fields import MEASUREMENTS_IN_A_ROW, SOURCE, MeasuredSteps
 from diag.instruments.optimization.step_size.too_large import too_large
 from diag.instruments.optimization.step_size.too_small import too_small
 from diag.ranges import Threshold
@@ -37,7 +37,6 @@ from diag.result import Level, Verdict
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
-SOURCE = "arithmetic of the recorded steps"
 TOO_HIGH, TOO_LOW = 0.15, 2e-4
 SCATTERS = 2.0  # standard deviations of a batch's loss, for weights that begin next to nothing
 HALF_OF_NORM = 0.5  # norm over the first norm

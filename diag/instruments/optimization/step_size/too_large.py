@@ -8,10 +8,9 @@ from diag.display import format_number, format_share
 from diag.instruments.causes import MAKES_STEPS_TOO_LARGE, Cause
 from diag.instruments.graded import graded
 from diag.instruments.optimization.divergence import LOSS_RATIO
-from diag.instruments.optimization.step_size.fields import ENOUGH_STEPS, ROSE, MeasuredSteps
+from diag.instruments.optimization.step_size.fields import ENOUGH_STEPS, ROSE, SOURCE, MeasuredSteps
 from diag.result import Level, Verdict
 
-SOURCE = "arithmetic of the recorded steps"
 CERTAIN = 0.23  # from here on a step is too large also where the loss has not risen
 HALF_OF_LOSS, TENTH_OF_LOSS = 0.5, 0.1  # of the first loss
 BLOWN_UP = 100.0  # times the first loss: what such steps have replaced is not what training began with

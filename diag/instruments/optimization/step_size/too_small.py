@@ -9,11 +9,11 @@ from diag.instruments.optimization.step_size.fields import (
     ADAPTIVE_OPTIMIZERS,
     ENOUGH_STEPS,
     MEASUREMENTS_IN_A_ROW,
+    SOURCE,
     MeasuredSteps,
 )
 from diag.result import Confidence, Level, Verdict
 
-SOURCE = "arithmetic of the recorded steps"
 NOT_FALLEN = 0.1
 TIGHT, NOTHING_LEFT = 0.05, 0.005
 # With any gradient, Adam's step is about the learning rate for each entry: never below 0.1 of it for noise of one

@@ -357,7 +357,7 @@ def test_a_data_set_of_copies_is_told():
     again = torch.randint(30, (600,), generator=torch.Generator().manual_seed(1))
     sentence = told(shuffled(TensorDataset(x[again], y[again])))[Cause.ROWS_DUPLICATED]
     assert "holds the same inputs many times" in sentence
-    assert re.search(r"(28|29|30) differ", sentence)  # of 30 rows, those that the looked-at places hold
+    assert re.search(r"only (28|29|30) different rows", sentence)  # of 30, those at the places looked at
 
 
 def test_rows_of_classes_that_are_copied_and_numbers_of_few_values_are_quiet():

@@ -98,8 +98,8 @@ def _copies(i: InputFacts) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.ROWS_DUPLICATED,
             f"The data set holds the same inputs many times: at {i.places:,} different places of it that were "
-            f"looked at there are {i.of_places:,} different rows and exact copies of them, so that there is less "
-            "to learn from than its length says.",
+            f"looked at there are only {i.of_places:,} different rows, so that there is less to learn from than "
+            "its length says.",
             "Look at how it was put together: a join that multiplies rows, files read or windows cut several "
             "times, a concat inside a loop. Remove copies before the data is split.",
             "Rows that are repeated on purpose, to make an epoch longer.",

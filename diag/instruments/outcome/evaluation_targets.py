@@ -69,8 +69,8 @@ def _findings(a: AskedInEvaluation) -> Iterator[LoopFinding]:
             Level.WARNING,
             Cause.TARGETS_CAST,
             f"All {a.targets:,} targets of training that were looked at are whole numbers, and "
-            f"{format_share(1 - a.evaluated_whole)} of the {a.evaluated:,} of evaluation are not: the network "
-            "learns to answer with what a conversion to integers left of them.",
+            f"{format_share(1 - a.evaluated_whole)} of the {a.evaluated:,} of evaluation are not: if the two are "
+            "of one kind, the network learns to answer with what a conversion to integers left of them.",
             "Look where training's targets are made: .long(), int(), astype(int) or // cut off what comes after "
             "the point; a regression takes them as floats.",
             "Training's targets that are whole where they come from.",

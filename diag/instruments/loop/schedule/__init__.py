@@ -1,3 +1,3 @@
-"""The learning rate's schedule: `instrument` is the instrument, the other files hold what it alone needs."""
+"""The learning rate's schedule: `instrument` is the instrument, `too_fast` counts the steps of an epoch, too."""
 
-__all__: list[str] = []
+__all__ = ["too_fast"]

@@ -137,3 +137,4 @@ def test_shares_of_columns_are_seen_where_there_is_a_weight_for_each():
             optimizer.step()
     (finding,) = watcher.findings
     assert "300" in finding.verdict.sentence and "in 1 of 3 columns" in finding.verdict.sentence
+    assert "25 % of the targets" in finding.verdict.sentence and "3 evens the two out" in finding.verdict.sentence

@@ -102,7 +102,7 @@ def _copies(i: InputFacts) -> Iterator[LoopFinding]:
             "its length says.",
             "Look at how it was put together: a join that multiplies rows, files read or windows cut several "
             "times, a concat inside a loop. Remove copies before the data is split.",
-            "Rows that are repeated on purpose, to make an epoch longer.",
+            "Rows that are repeated on purpose, to make an epoch longer, or the same inputs measured again.",
             step=1,
         )
 

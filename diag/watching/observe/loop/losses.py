@@ -153,8 +153,8 @@ class Losses:
             self._read(kind, "range", torch.stack(numbers.aminmax()))
             columns = len(kind.positive_weights)
             if columns == 1 or (columns and target.ndim > 1 and target.shape[-1] == columns):
-                self._read(kind, "ones", numbers.reshape(-1, columns).sum(0))
-                kind.entries += target.numel() // columns
+                rows = numbers.reshape(-1, columns)
+                self._read(kind, "ones", nn.functional.pad(rows.sum(0), (0, 1), value=len(rows)))
         shares = kind.function == "cross_entropy" or (kind.function in OF_BINARY_TARGETS and kind.over_axis == 1)
         if shares and target.is_floating_point() and target.ndim > 1:
             ones = target.detach()
@@ -181,8 +181,9 @@ class Losses:
             self._note_distributions(kind, values)
             return
         if what == "ones":
-            before = kind.ones or (0.0,) * len(values)
-            kind.ones = tuple(b + v for b, v in zip(before, values.tolist(), strict=True))
+            *ones, rows = values.tolist()  # counted as they are read: on a device some calls may not be
+            kind.ones = tuple(b + v for b, v in zip(kind.ones or (0.0,) * len(ones), ones, strict=True))
+            kind.entries += int(rows)
             return
         kind.checked += 1
         probabilities, logs = are_probabilities(values)

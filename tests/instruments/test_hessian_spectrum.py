@@ -325,7 +325,11 @@ def test_a_maximum_is_no_minimum():
 def test_a_residual_across_the_threshold_leaves_it_open():
     operator, _ = planted([10.0, -0.5])
     result = diag.hessian_spectrum(hessian=operator, num_eigenvalues=1)
-    assert type(result)(**{**vars(result), "smallest_residual": 0.01}).verdict().level is Level.UNKNOWN
+    unsure = type(result)(**{**vars(result), "smallest_residual": 0.01}).verdict()
+    assert unsure.level is Level.UNKNOWN
+    assert (
+        "curves downwards strongly is not known, as the smallest eigenvalue may be off by 0.01" in unsure.sentence
+    )
 
 
 def test_the_memory_cap_is_kept_and_the_answer_is_the_same():

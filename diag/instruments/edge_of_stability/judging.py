@@ -51,9 +51,10 @@ def _under_small_batches(edge: MeasuredEdge) -> Verdict:
         value, which = exact, "SGD's exact mean-square threshold"
     else:
         lower = {
-            "2 / its largest eigenvalue": edge.ratio - edge.residual / edge.threshold,
-            "the bound of equation 15": edge.scatter_ratio,
-            "the bound of equation 16": edge.norm_ratio - 2 * edge.norm_ratio_standard_error,
+            "2 / the largest eigenvalue of the Hessian": edge.ratio - edge.residual / edge.threshold,
+            "the bound by the examples' curvature along the sharpest direction (equation 15)": edge.scatter_ratio,
+            "the bound by the norms of the examples' curvature (equation 16)": edge.norm_ratio
+            - 2 * edge.norm_ratio_standard_error,
         }
         which = max(lower, key=lambda name: -math.inf if math.isnan(lower[name]) else lower[name])
         value = lower[which]

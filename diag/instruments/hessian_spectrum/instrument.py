@@ -58,6 +58,7 @@ class HessianSpectrum(MeasuredSpectrum):
             f"largest eigenvalue {format_number(top)}, smallest {format_number(self.smallest)}, trace "
             f"{format_number(self.trace)} ± {format_number(self.trace_standard_error, 2)}"
         )
+        about: dict[str, Any] = {"value": ratio, "threshold": limit, "threshold_source": OUR_CHOICE}
         if ratio - slack > limit:
             return self._judged(
                 Level.WARNING,
@@ -67,20 +68,23 @@ class HessianSpectrum(MeasuredSpectrum):
                 advice="Expected early in training; late in it, train longer before reading flatness, or compare "
                 "with another seed.",
                 refutation="The smallest eigenvalue on more of the data is not that negative.",
-                value=ratio,
-                threshold=limit,
-                threshold_source=OUR_CHOICE,
+                **about,
             )
-        level = Level.UNKNOWN if ratio + slack > limit else Level.OK
+        if ratio + slack > limit:
+            return self._judged(
+                Level.UNKNOWN,
+                "Whether the loss curves downwards strongly is not known, as the smallest eigenvalue may be off by "
+                f"{format_number(self.smallest_residual)} ({numbers}).",
+                advice="Give a larger max_products=, or a smaller tolerance=.",
+                **about,
+            )
         outliers = "" if math.isnan(self.num_outliers) else f"; {self.num_outliers:.0f} class outliers"
         return self._judged(
-            level,
+            Level.OK,
             f"The Hessian has no strong negative curvature ({numbers}{outliers}).",
-            value=ratio,
-            threshold=limit,
-            threshold_source=OUR_CHOICE,
             advice="A large or small eigenvalue says nothing about generalisation: it changes with the "
             "parametrisation.",
+            **about,
         )
 
     def _downwards(self) -> tuple[float, float]:

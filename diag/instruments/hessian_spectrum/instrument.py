@@ -52,12 +52,8 @@ class HessianSpectrum(MeasuredSpectrum):
                 f"The extreme eigenvalues did not converge within {self.num_products} products.",
                 advice="Give a larger max_products=, or ask for fewer num_eigenvalues=.",
             )
-        top, limit = float(self.eigenvalues[0]), self.setting("negative_above")
+        limit, numbers = self.setting("negative_above"), self._extremes_and_trace()
         ratio, slack = self._downwards()
-        numbers = (
-            f"largest eigenvalue {format_number(top)}, smallest {format_number(self.smallest)}, trace "
-            f"{format_number(self.trace)} ± {format_number(self.trace_standard_error, 2)}"
-        )
         about: dict[str, Any] = {"value": ratio, "threshold": limit, "threshold_source": OUR_CHOICE}
         if ratio - slack > limit:
             return self._judged(
@@ -85,6 +81,13 @@ class HessianSpectrum(MeasuredSpectrum):
             advice="A large or small eigenvalue says nothing about generalisation: it changes with the "
             "parametrisation.",
             **about,
+        )
+
+    def _extremes_and_trace(self) -> str:
+        return (
+            f"largest eigenvalue {format_number(float(self.eigenvalues[0]))}, smallest "
+            f"{format_number(self.smallest)}, trace {format_number(self.trace)} ± "
+            f"{format_number(self.trace_standard_error, 2)}"
         )
 
     def _downwards(self) -> tuple[float, float]:

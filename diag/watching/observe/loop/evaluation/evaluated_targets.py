@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.evaluated import AskedInEvaluation
@@ -28,14 +29,16 @@ LARGEST_OUTPUT, NUMBERS_BESIDE = 1 << 20, 16  # numbers of an output, and those 
 LARGEST_WHOLE = 1 << 24  # beyond, float32 holds whole numbers alone
 QUARTILES = (0.25, 0.5, 0.75)
 
+# The memory, which is not kept from being freed but not told as another's either; where in it; how many numbers.
+_Where = tuple[StorageWeakRef, int, int]
+
 
 class EvaluatedTargets:
     """Follows the outputs of the model and the losses between numbers that are called on them."""
 
     def __init__(self, moment: Moment) -> None:
         self._moment = moment
-        # Held until the next call, so that nothing else can lie where they do; some numbers, as they were.
-        self._outputs: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
+        self._outputs: dict[_Where, tuple[int, Tensor]] = {}  # which output it is; some numbers, as they were
         self._calls = self._evaluations = self._others = 0
         self._function, self._place = "", -1
         self._asked: deque[Tensor] = deque(maxlen=TARGET_CALLS_KEPT)
@@ -56,7 +59,7 @@ class EvaluatedTargets:
     def _follow(self, outputs: Any) -> None:
         tensors = enumerate(tensors_in(outputs)[:OUTPUTS_FOLLOWED])
         small = ((p, t) for p, t in tensors if t.is_cpu and is_dense(t) and t.numel() <= LARGEST_OUTPUT)
-        self._outputs = {(t.data_ptr(), t.numel()): (p, t.detach(), _some(t)) for p, t in small}
+        self._outputs = {_where(t): (p, _some(t)) for p, t in small}
 
     def loss_called(self, function: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         """A loss function was called in training."""
@@ -87,11 +90,11 @@ class EvaluatedTargets:
         tensors = isinstance(values, Tensor) and isinstance(targets, Tensor)
         if not tensors or not (values.is_cpu and targets.is_cpu and is_dense(values) and is_dense(targets)):
             return None
-        found = self._outputs.get((values.data_ptr(), values.numel()))
-        if found is None or not torch.equal(_some(values), found[2]):
+        found = self._outputs.get(_where(values))
+        if found is None or not torch.equal(_some(values), found[1]):
             return None
         plain = targets.is_floating_point() and values.numel() == targets.numel() > 0
-        if not plain or (targets.data_ptr(), targets.numel()) in self._outputs:
+        if not plain or _where(targets) in self._outputs:
             return None
         flat = targets.detach().reshape(-1)
         return found[0], flat[:: -(-len(flat) // NUMBERS_OF_CALL)].double()
@@ -115,6 +118,10 @@ class EvaluatedTargets:
             whole=_whole(own),
             evaluated_whole=_whole(other),
         )
+
+
+def _where(t: Tensor) -> _Where:
+    return StorageWeakRef(t.untyped_storage()), int(t.storage_offset()), t.numel()
 
 
 def _some(t: Tensor) -> Tensor:

@@ -157,8 +157,9 @@ class CurvatureOperator(LinearOperator):
             if self.self_test.differenced or self._layers is not None:
                 self._plan = MemoryPlan(False, self.objective.batches, 0, memory or 0)
             else:
-                self._plan = plan_memory(self._curvature(), self.objective, memory)
-                refuse_cut(self.objective, self.objective.batches, self._plan.batches)
+                plan = plan_memory(self._curvature(), self.objective, memory)
+                refuse_cut(self.objective, self.objective.batches, plan.batches)
+                self._plan = plan
         return self._plan
 
     def _details(self) -> tuple[Any, ...]:

@@ -89,7 +89,8 @@ def _put_together(name: str, files: Sequence[Path], parts: Sequence[Any]) -> Sto
                 f"{named([str(r) for r in mesh.flatten().tolist()], 8)}); save it with "
                 "torch.distributed.checkpoint."
             )
-        chunks.setdefault(tuple(s.start for s in block), Chunk(block, _giving(local)))
+        if local.numel():  # an empty block begins where another one does
+            chunks.setdefault(tuple(s.start for s in block), Chunk(block, _giving(local)))
     _refuse_missing(name, first, files, [chunk.block for chunk in chunks.values()])
     return StoredTensor(first.shape, first.dtype, list(chunks.values()))
 

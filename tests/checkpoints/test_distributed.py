@@ -245,6 +245,7 @@ SPLITS = {
     "more ranks than rows": ([0], (9,)),
     "copies": ([0, None], (2, 2)),
     "one axis twice": ([0, 0], (2, 2)),
+    "single rows, split again": ([0, 0], (7, 2)),
 }
 
 

@@ -143,12 +143,14 @@ class _Measuring:
     def _load(self, i: int) -> None:
         if self._loaded == i:
             return
-        step, path, _ = self._places[i]
+        self._by.load(lambda: self._load_own(*self._places[i]))
+        self._loaded = i
+
+    def _load_own(self, step: int, path: Path, _: str) -> None:
         checkpoint = self._read(path)
         notes = (*checkpoint.notes, *load_into(self._model, checkpoint))
         events = [Event(step, "checkpoint", f"{path}: {note}") for note in notes]
         self.events += [event for event in events if event not in self.events]  # it may be loaded twice
-        self._loaded = i
 
 
 def _is_of_a_moment(instrument: Instrument) -> bool:

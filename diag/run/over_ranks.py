@@ -11,7 +11,7 @@ them is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,10 @@ class OneProcess:
         self._model, self._arguments = model, dict(arguments)
         self._snapshot: Snapshot | None = None
 
+    def load(self, call: Callable[[], object]) -> None:
+        """Call what loads a checkpoint into the model."""
+        call()
+
     def begin(self, previous: Any) -> None:
         """A checkpoint has been loaded into the model; previous: the state before it."""
         self._snapshot = Snapshot(self._model, **{**self._arguments, "previous": previous})
@@ -85,6 +89,10 @@ class AllRanks(OneProcess):
         bare = bare_model(model)
         self._by_layer = is_sharded(bare) and is_gathered_by_layer(bare, chosen, self._together)
         self.takes_previous = not self._by_layer
+
+    def load(self, call: Callable[[], object]) -> None:
+        """On every rank; each may read parts of its own, and where one cannot all stop."""
+        self._together.all_succeed(call)
 
     def begin(self, previous: Any) -> None:
         """A checkpoint has been loaded on every rank."""

@@ -268,7 +268,12 @@ def by_layer():
     for kind, network in DIFFERENCED.items():
         torch.manual_seed(2)
         found[f"differenced {kind}"] = differenced(kind, trainings.fully(network().double()), ranks="by_layer")
-    return found | {"memory": memory(), "refused": refused(), "loaded": loading.loaded(sys.argv[3])}
+    return found | {
+        "memory": memory(),
+        "refused": refused(),
+        "loaded": loading.loaded(sys.argv[3]),
+        "unreadable": loading.unreadable(sys.argv[3]),
+    }
 
 
 trainings.measurements = {"by_layer": by_layer}

@@ -7,10 +7,13 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import trainings
+from torch.nn import functional as F
 
 from diag.checkpoints import load_into, load_state
 from diag.checkpoints.stored import StoredTensor
 from diag.distributed.placement import own_part
+from diag.errors import CheckpointError
+from diag.run.checkpoints import from_checkpoints
 
 
 def saved(folder, state):
@@ -25,6 +28,31 @@ def saved(folder, state):
         safetensors.torch.save_file(whole, places["hugging face"] / "model.safetensors")
     trainings.dist.barrier()
     return places
+
+
+def unreadable(folder):
+    """What each rank says where the part of rank 1 alone cannot be read, and the measurement after that."""
+    data = trainings.share()
+
+    def build():
+        return trainings.fully(trainings.networks()["mlp"]), F.cross_entropy, data
+
+    def damaged(model, checkpoint):
+        if trainings.RANK == 1:
+            raise CheckpointError("0.weight cannot be read.")
+        return load_into(model, checkpoint)
+
+    place = Path(folder) / "damaged"
+    place.mkdir(exist_ok=True)
+    dcp.save({"model": build()[0].state_dict()}, checkpoint_id=place)
+    trainings.dist.barrier()
+
+    def measured():
+        return len(from_checkpoints([place], build, names=["hessian_spectrum"], ranks=True).records)
+
+    with mock.patch("diag.run.checkpoints.load_into", damaged):
+        said = trainings.refusal(measured)
+    return [said, measured()]
 
 
 def loaded(folder):

@@ -70,6 +70,12 @@ def test_each_rank_loads_its_own_parts(ranks):
             assert equal and not whole, kind
 
 
+def test_no_rank_waits_for_one_that_cannot_read_its_part(ranks):
+    (first, records), (last, others) = (found["unreadable"] for found in ranks)
+    assert first == "Rank 1 could not compute its share; its own message says why."
+    assert last == "0.weight cannot be read." and (records, others) == (1, 0)
+
+
 def test_all_ranks_stop_together_and_can_go_on(ranks):
     first, last = (found["refused"] for found in ranks)
     assert first["branches"].startswith("The ranks take different paths through the network")

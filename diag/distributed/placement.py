@@ -78,9 +78,24 @@ def data_apart(model: nn.Module) -> bool:
 
 def reads_one_batch(model: nn.Module, world: int) -> bool:
     """Whether all ranks hold parts of one network, so that they are to read one batch: pure tensor parallelism."""
-    meshes = [p.device_mesh for p in model.parameters() if is_spread(p)]  # type: ignore[attr-defined]
-    whole = all(mesh.ndim == 1 and mesh.size() == world for mesh in meshes)
-    return bool(meshes) and whole and not data_apart(model)
+    spread: list[Any] = [p for p in model.parameters() if is_spread(p)]
+    split = any(not q.is_replicate() for p in spread for q in p.placements)
+    over_all = all(p.device_mesh.ndim == 1 and p.device_mesh.size() == world for p in spread)
+    return split and over_all and not data_apart(model)
+
+
+def gradient_lies_alike(parameter: Tensor) -> bool | None:
+    """Whether the gradient is spread over the ranks as its parameter is; None where there is no gradient.
+
+    It may be a sum that no rank has yet, which the optimizer's step or clipping makes: under sequence parallelism
+    that of a normalisation's weights is.
+    """
+    gradient: Any = parameter.grad
+    if gradient is None:
+        return None
+    if is_spread(gradient) != is_spread(parameter):
+        return False
+    return not is_spread(parameter) or bool(gradient.placements == parameter.placements)  # type: ignore[attr-defined]
 
 
 def block_of(tensor: Any) -> tuple[slice, ...] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from diag.distributed.placement import is_spread
 from diag.snapshot.batch import tensors_in
 from diag.watching.guard import Clock, Guarded, guarded, safely
 from diag.watching.hooks.hub import HUB
@@ -184,7 +185,9 @@ class TrainingListener(Guarded):
         if self._own_step.names:
             self._runner.own_step_descends()
         self._within(FACTS_OF_LOOP, self._loop.root_seen, roots)
-        if self._moment.attentive:
+        if self._moment.attentive and not is_spread(
+            roots
+        ):  # what such a loss is made of lies on other processes too
             self._within(FACTS_OF_LOOP, self._loop.backward_called, roots)
 
     @guarded("loss")

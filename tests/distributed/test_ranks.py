@@ -33,12 +33,16 @@ FAULTS = {
     "other_rate": "rank_settings_differ",
     "other_buffer": "replicas_differ",
     "columns_apart": "ranks_read_apart",
+    "copies_apart": "gradients_not_reduced",
 }
 PARTINGS = ("watched_alone", "closes_early", "breaks_inside", "raises")
 MEASURED = ("measured_ddp", "measured_fsdp", "measured_columns")
 NAMES = (
     *WAYS,
     *MEASURED,
+    "as_sequence_parallel",
+    "rows_spread",
+    "rows_spread_watched_alone",
     "measured_norm",
     "measured_again",
     "out_of_memory",
@@ -153,9 +157,10 @@ def test_sentences_say_which_rank_since_when_and_where(ranks, folder):
     )
 
 
-@pytest.mark.parametrize("name", [*WAYS, "as_fsdp1", "accumulated"])
+@pytest.mark.parametrize("name", [*WAYS, "as_sequence_parallel", "rows_spread", "as_fsdp1", "accumulated"])
 def test_nothing_is_said_of_a_healthy_training(ranks, folder, name):
-    """Batch normalisation's running means differ between ranks, and under tensor parallelism all read one batch."""
+    """Batch normalisation's running means differ between ranks, under tensor parallelism all read one batch, and
+    the step sums what sequence parallelism leaves in parts."""
     assert not findings(folder, name)
 
 

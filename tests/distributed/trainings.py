@@ -99,6 +99,39 @@ def as_tensor_parallel(watch):
     return train(net, rows(), watch=watch)
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed, self.norm = nn.Linear(12, 16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(self.norm(self.embed(x))))).flatten(0, 1)
+
+
+def as_sequence_parallel(watch):
+    """The gradients of the normalisation's weights are sums that no rank has before the step makes them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    plan = {
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(),
+    }
+    x, y = rows()
+    net = parallelize_module(Normed(), init_device_mesh("cpu", (WORLD,)), plan)
+    return train(net, (x.view(-1, 8, 12), y), watch=watch, limit=None)
+
+
 def columns_apart(watch):
     """Ranks that hold parts of one network read rows of their own."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -106,6 +139,34 @@ def columns_apart(watch):
 
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     return train(parallelize_module(mlp(), init_device_mesh("cpu", (WORLD,)), plan), own_rows(), watch=watch)
+
+
+def as_distributed_tensors(placement, watch):
+    """All of the network on each rank, and rows: a rank's own, that lie as `placement` says."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, distribute_module
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    x, y = (DTensor.from_local(t, mesh, [placement]) for t in own_rows())
+    return train(distribute_module(mlp(), mesh), (x, y), watch=watch, limit=None)
+
+
+def copies_apart(watch):
+    """Rows that pass for the same on all ranks are not."""
+    from torch.distributed.tensor import Replicate
+
+    return as_distributed_tensors(Replicate(), watch)
+
+
+def rows_spread(watch):
+    from torch.distributed.tensor import Shard
+
+    return as_distributed_tensors(Shard(0), watch)
+
+
+def rows_spread_watched_alone(watch):
+    """Reading a row, or the loss, would wait for the rank that is not watched."""
+    return rows_spread(watch if RANK == 0 else None)
 
 
 def as_fsdp1(watch):

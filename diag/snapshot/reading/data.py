@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diag.distributed.checksums import checksum_of
+from diag.distributed.placement import is_spread
 from diag.distributed.together import Together
 from diag.errors import InvalidInput, Unsupported
 from diag.snapshot.batch import Batch, tensors_in
@@ -77,8 +78,11 @@ def read_batches(
 
 
 def dense(batch: Batch) -> Batch:
-    """The batch itself. Raises Unsupported where one of its tensors is sparse, nested or of another layout."""
+    """The batch itself. Raises Unsupported where one of its tensors is sparse, nested, of another layout, or spread
+    over processes."""
     for t in tensors_in((batch.args, batch.kwargs, batch.targets)):
+        if is_spread(t):
+            raise Unsupported(NOT_DENSE.format("distributed"))
         if t.layout is not torch.strided or t.is_nested:
             kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
             raise Unsupported(NOT_DENSE.format(kind))

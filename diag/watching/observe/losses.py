@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diag.distributed.placement import is_spread
 from diag.errors import named
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.state.modes import doubtful_modes
@@ -41,6 +42,7 @@ NOT_A_NUMBER = (
     "watcher.loss(value)."
 )
 NOT_ONE_NUMBER = "backward() is called on something other than one number"
+IN_PARTS = "backward() is called on a distributed tensor, which no process can read alone"
 FROM_BACKWARD = (
     "The recorded loss is what backward() was called on, for {reason}; give watcher.loss(value) if something "
     "else is meant."
@@ -203,6 +205,9 @@ class LossObserver:
             return
         if len(roots) != 1 or roots[0].numel() != 1:
             self._pending = Pass(None, None, NOT_ONE_NUMBER)
+            return
+        if is_spread(roots[0]):
+            self._pending = Pass(None, None, IN_PARTS)
             return
         found = self._calls.behind(roots[0], self._concerns)
         self._pending = _weighted(found, weight)

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from diag.distributed.checksums import CHECKSUM_ENTRIES, checksum_of
 from diag.distributed.link import Link, Message
-from diag.distributed.placement import Placement, is_spread, own_part
+from diag.distributed.placement import Placement, gradient_lies_alike, is_spread, own_part
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.ranks import Difference, RankFacts, RankSetting, SameRows
 from diag.snapshot.objective.loss_spy import input_and_target
@@ -82,13 +82,17 @@ class RankComparison:
         return [*numbers, settings, *checksums, *(s.view(torch.int64) for s in sums), self._gradients(row)]
 
     def _gradients(self, row: Row) -> Tensor:
-        """The norms of the gradients on this rank, by column; NaN where there is none."""
+        """The norms of the gradients on this rank, by column; NaN where there is none, or it is not known."""
         found = torch.full((len(self._columns),), math.nan, dtype=torch.float64)
         for name, columns, values in row.norms:
             if name == "gradient_norm":
                 numbers = torch.as_tensor(values)
                 found = found.to(numbers.device)
                 found[torch.from_numpy(columns).to(found.device)] = numbers.to(torch.float64)
+        for column, name in enumerate(self._columns):
+            p = self._parameters.get(name)
+            if p is not None and is_spread(p) and not gradient_lies_alike(p):
+                found[column] = math.nan  # a sum that no rank has yet
         return found.view(torch.int64)
 
     def take_up(self) -> bool:

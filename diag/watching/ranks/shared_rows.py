@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from diag.distributed.link import Link, Message
-from diag.distributed.placement import Placement, is_spread
+from diag.distributed.placement import Placement, gradient_lies_alike
 from diag.watching.observe.rows import Columns, Row
 
 FIELDS = ("gradient_norm", "parameter_norm", "update_norm", "distance", "applied")
@@ -115,11 +115,7 @@ class SharedRows:
     def _look_at_gradients(self) -> None:
         """A gradient may lie in another way than its parameter: a sum that no rank has yet."""
         for column, p in enumerate(self._parameters):
-            if p.grad is not None and is_spread(p.grad) != is_spread(p):
-                self._gradient_known[column] = False
-            elif p.grad is not None and is_spread(p.grad):
-                same = p.grad.placements == p.placements  # type: ignore[attr-defined]
-                self._gradient_known[column] &= same
+            self._gradient_known[column] &= gradient_lies_alike(p) is not False
 
     # What the ranks have in common
 

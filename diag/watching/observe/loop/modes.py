@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from diag.distributed.placement import is_spread
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.network import ModeFacts
 from diag.watching.observe.loop.evaluation.quiet import QuietCalls
@@ -196,8 +197,9 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor | None:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether its numbers lie in memory one beside the other, so that they can be read as rows."""
-    return t.layout is torch.strided and not t.is_nested
+    """Whether its numbers lie in memory one beside the other, so that they can be read as rows: on this process all
+    of them, as reading a distributed tensor would wait for processes that may not be watched."""
+    return t.layout is torch.strided and not t.is_nested and not is_spread(t)
 
 
 def _reference(args: Any, kwargs: Any) -> Any:

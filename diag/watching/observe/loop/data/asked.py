@@ -115,7 +115,7 @@ class Demands:
             (kind.calls <= TARGETS_LOOKED_AT or due(kind.calls))
             and isinstance(target, Tensor)
             and isinstance(prediction, Tensor)
-            and target.layout is torch.strided
+            and is_dense(target)
             and target.numel()
         ):
             self._look(kind, prediction, target.detach(), kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import OUTLIER_ROW
 from diag.snapshot.loop.inputs import InputFacts
-from diag.watching.observe.loop.modes import first_tensor
+from diag.watching.observe.loop.modes import first_tensor, is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
 INPUT_CALLS, EVALUATION_CALLS = 6, 4  # calls that are looked at, of training then ever fewer
@@ -138,7 +138,7 @@ def usual(rows: Tensor) -> Tensor:
 def rows_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first tensor of a call, (rows, numbers), if it is on the host and may hold examples."""
     tensor = first_tensor(args, kwargs)
-    fits = tensor is not None and tensor.is_cpu and tensor.ndim > 1 and tensor.layout is torch.strided
+    fits = tensor is not None and tensor.is_cpu and tensor.ndim > 1 and is_dense(tensor)
     if tensor is None or not fits or len(tensor) < FEWEST_OF_A_CALL or tensor.is_complex() or not tensor.numel():
         return None
     return tensor.detach()[:MOST_ROWS_READ].reshape(min(len(tensor), MOST_ROWS_READ), -1)[:, :WIDTH]
@@ -156,7 +156,7 @@ def _is_continuous(rows: Tensor, different: int) -> bool:
 
 
 def _rows_differ(t: Tensor, rows: int) -> bool:
-    there = t.is_cpu and t.layout is torch.strided and t.ndim > 0 and len(t) >= rows
+    there = t.is_cpu and is_dense(t) and t.ndim > 0 and len(t) >= rows
     return there and bool((t.detach()[:rows] != t.detach()[:1]).any())
 
 

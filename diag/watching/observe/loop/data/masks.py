@@ -20,6 +20,7 @@ from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.loop.places import MaskFacts
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
 IMAGES_COMPARED, EVERY_CALL = 3, 8  # calls whose images are compared; of the later ones that are looked at
@@ -122,7 +123,7 @@ class Masks:
 
 
 def _is_images(t: Tensor) -> bool:
-    dense = t.is_cpu and t.layout is torch.strided and t.is_floating_point()
+    dense = t.is_cpu and is_dense(t) and t.is_floating_point()
     return dense and t.ndim == 4 and len(t) >= FEWEST_PICTURES and min(t.shape[-2:]) >= SMALLEST_PICTURE
 
 

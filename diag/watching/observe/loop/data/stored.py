@@ -134,7 +134,7 @@ def _arrays(dataset: Any, depth: int) -> Iterator[Tensor | NDArray[Any]]:
 
 def _holds_examples(value: Any) -> bool:
     if isinstance(value, Tensor):
-        floating = value.is_cpu and value.layout is torch.strided and value.is_floating_point()
+        floating = value.is_cpu and is_dense(value) and value.is_floating_point()
     else:
         floating = isinstance(value, numpy.ndarray) and value.dtype.kind == "f"
     return floating and value.ndim > 0 and len(value) >= SAMPLED_ROWS

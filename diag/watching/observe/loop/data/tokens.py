@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.inputs import TokenFacts
+from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
 CALLS_READ, NUMBERS_READ = 6, 1 << 14  # calls of which the numbers are read, then ever fewer; numbers of a call
@@ -60,7 +61,7 @@ class Tokens:
 
 
 def _is_whole(t: Tensor) -> bool:
-    read = t.is_cpu and t.layout is torch.strided and not t.is_nested and t.numel() > 0
+    read = t.is_cpu and is_dense(t) and t.numel() > 0
     return read and t.dtype in (torch.int64, torch.int32)
 
 

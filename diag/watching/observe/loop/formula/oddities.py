@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diag.snapshot.autograd_graph import nodes_before
@@ -30,6 +29,7 @@ from diag.watching.observe.loop.formula.labels.pulls import PULLED_AWAY_SHARE, P
 from diag.watching.observe.loop.formula.noise import noise
 from diag.watching.observe.loop.formula.parts import Summand
 from diag.watching.observe.loop.formula.scales import flows, scales
+from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
 NODES_NEAR, OUTPUTS_LOOKED_AT = 192, 16
@@ -55,9 +55,7 @@ class Oddities:
             return
         tensors = tensors_in((args, dict(kwargs)))
         self._rows = next((len(t) for t in tensors if t.ndim), 0)
-        self._inputs |= {
-            t.untyped_storage().data_ptr() for t in tensors[:OUTPUTS_LOOKED_AT] if t.layout is torch.strided
-        }
+        self._inputs |= {t.untyped_storage().data_ptr() for t in tensors[:OUTPUTS_LOOKED_AT] if is_dense(t)}
         self._denoisers.training_call(tensors)
         tensors = [outputs] if isinstance(outputs, Tensor) else tensors_in(outputs)
         found = [outputs_cut(t.grad_fn) for t in tensors if t.grad_fn is not None]

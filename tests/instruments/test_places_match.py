@@ -11,8 +11,9 @@ from diag.instruments.causes import Cause
 from diag.instruments.loss.places_match import places_match
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.places import SequenceFacts
+from diag.watching.observe.loop.data.hidden_tokens import TokensAsked
 from diag.watching.observe.loop.data.masks import Masks, fitting, related
-from diag.watching.observe.loop.data.sequences import _Look, facts_of
+from diag.watching.observe.loop.data.sequences import facts_of
 from diag.watching.observe.loop.moment import Moment
 
 TOKENS, TAGS = 24, 5
@@ -42,7 +43,7 @@ def look(change, seed=0, **how):
     x = pad_sequence(tokens, batch_first=True)
     if how.get("left"):
         x = pad_sequence([t.flip(0) for t in tokens], batch_first=True).flip(1)
-    return _Look(x, y, y != -100)
+    return TokensAsked(x, y, y != -100)
 
 
 def verdict_of(change, **how):
@@ -87,7 +88,7 @@ def test_tasks_about_other_places_of_random_tokens_are_left_alone(delay):
         x = torch.randint(0, TOKENS, (24, 20), generator=generator)
         y = tags_of(x).roll(delay, 1)
         y[:, :delay] = 0
-        looks.append(_Look(x, y, torch.ones_like(y, dtype=torch.bool)))
+        looks.append(TokensAsked(x, y, torch.ones_like(y, dtype=torch.bool)))
     assert places_match(Loop(step=10, sequences=facts_of(looks))).verdict().level == "ok"
 
 
@@ -96,7 +97,7 @@ def test_masked_tokens_are_not_judged_as_tags():
     generator = torch.Generator().manual_seed(2)
     x = torch.randint(0, TOKENS, (64, 20), generator=generator)
     asked = torch.rand(x.shape, generator=generator) < 0.15
-    facts = facts_of([_Look(x.masked_fill(asked, 0), torch.where(asked, x, -100), asked)])
+    facts = facts_of([TokensAsked(x.masked_fill(asked, 0), torch.where(asked, x, -100), asked)])
     assert facts == SequenceFacts()
     assert places_match(Loop(step=10, sequences=facts)).verdict().level == "not_applicable"
 

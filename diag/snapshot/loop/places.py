@@ -8,6 +8,40 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class HiddenTokenFacts:
+    """Targets that are numbers of tokens, at the places of these tokens, in a loss whose places count alike.
+
+    Of calls in which a chosen few places of a row count (`chosen` in all, for `asked` different tokens): copied,
+    those at which the input holds the very token that is asked for. at_place: the largest share that one token has
+    of them. mask: a token that is never asked for and stands at most places (at_mask, a share) that lie `away`
+    places on from those that count; mask_asked: the share of its own places to which that applies; -1: none.
+
+    Of calls in which all places count (`whole`): changed, those at which the input holds another token than the
+    one asked for, changed_to: the one that it mostly is, which is never asked for, -1 where there is none. fill: a
+    class that is asked for at a share `filled` of the places, at `filled_elsewhere` of those without the token
+    `fill_mask`, and at `filled_at_mask` of those with it, which have `asked_at_mask` different classes; -1: none.
+    """
+
+    chosen: int = 0
+    copied: int = 0
+    asked: int = 0
+    at_place: float = 0.0
+    mask: int = -1
+    away: int = 0
+    at_mask: float = 0.0
+    mask_asked: float = 0.0
+    whole: int = 0
+    changed: int = 0
+    changed_to: int = -1
+    fill: int = -1
+    filled: float = 0.0
+    fill_mask: int = -1
+    filled_elsewhere: float = 0.0
+    filled_at_mask: float = 1.0
+    asked_at_mask: int = 0
+
+
+@dataclass(frozen=True)
 class SequenceFacts:
     """Tokens and the class numbers that are asked for at their places, in `calls` calls with `places` of them that
     count: what the one says of the other (mutual information, nats, less its bias).
@@ -17,7 +51,7 @@ class SequenceFacts:
     other end of the row (reversed). padded: rows that are filled up; opposite: those of them filled at the start by
     the inputs and at the end by the targets, or the other way round. filled: the share of the places that count
     where the row's tokens are one that fills its end, and filled_class the one class that stands at all of them, -1
-    where there are several."""
+    where there are several. hidden: what is asked for of the tokens themselves."""
 
     calls: int = 0
     places: int = 0
@@ -31,6 +65,7 @@ class SequenceFacts:
     opposite: int = 0
     filled: float = 0.0
     filled_class: int = -1
+    hidden: HiddenTokenFacts = field(default_factory=HiddenTokenFacts)
 
 
 @dataclass(frozen=True)

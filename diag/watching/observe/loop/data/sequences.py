@@ -18,6 +18,7 @@ from diag.snapshot.loop.data import OF_LOG_PROBABILITIES
 from diag.snapshot.loop.places import SequenceFacts
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.data.hidden_tokens import TokensAsked, hidden_tokens
 from diag.watching.observe.loop.data.padding import sequences_of
 from diag.watching.observe.loop.moment import Moment, due
 
@@ -27,14 +28,6 @@ PLACES_AWAY = 8  # places
 MOST_KINDS = 512  # tokens, and classes, that are told apart
 FEWEST_KINDS = 4  # of tokens: fewer are a mask
 WHOLE_ROWS = 0.9  # of the places up to the last that counts
-
-
-class _Look(NamedTuple):
-    """Tokens and class numbers, both (rows, length), and which of the latter count."""
-
-    tokens: Tensor
-    classes: Tensor
-    counts: Tensor
 
 
 class _Shared(NamedTuple):
@@ -52,7 +45,7 @@ class Sequences:
         self._moment = moment
         self._calls = self._kept = 0
         self._inputs: list[Tensor] = []
-        self._looks: list[_Look] = []
+        self._looks: list[TokensAsked] = []
         self._facts: SequenceFacts | None = SequenceFacts()
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -77,7 +70,9 @@ class Sequences:
         if len(tokens) == 1:
             ignored = kwargs.get("ignore_index")
             counts = classes != (ignored if isinstance(ignored, int) else IGNORED_LABEL)
-            self._looks.append(_Look(tokens[0].clone(), classes.clone(), counts))
+            plain = kwargs.get("reduction", "mean") != "none" and kwargs.get("weight") is None and len(args) < 3
+            outputs = prediction.shape[1] if plain else 0
+            self._looks.append(TokensAsked(tokens[0].clone(), classes.clone(), counts, outputs))
             self._kept, self._facts = self._kept + classes.numel(), None
             if len(self._looks) in COMPARED_NEWS:
                 self._moment.news(("places", len(self._looks)), "sequences")
@@ -94,15 +89,17 @@ def _is_tokens(t: Tensor, classes: Tensor) -> bool:
     whole = t.dtype in (torch.int64, torch.int32) and t.shape == classes.shape
     if not whole or torch.equal(t.long(), classes.long()) or bool((t == t[:1]).all()):
         return False
-    return FEWEST_KINDS <= len(t.unique()) <= MOST_KINDS
+    return len(t.unique()) >= FEWEST_KINDS
 
 
-def facts_of(looks: list[_Look]) -> SequenceFacts:
+def facts_of(looks: list[TokensAsked]) -> SequenceFacts:
     """What the looks say together."""
+    hidden = hidden_tokens(looks)
+    looks = [look for look in looks if len(look.tokens.unique()) <= MOST_KINDS]
     kept = [look for look in looks if _whole(look.counts)]
     places = sum(int(look.counts.sum()) for look in kept)
     if not places:
-        return SequenceFacts()
+        return SequenceFacts(hidden=hidden)
     own = _information(kept, 0, False)
     others = [(_information(kept, s, False), s, False) for s in range(-PLACES_AWAY, PLACES_AWAY + 1) if s]
     others.append((_information(kept, 0, True), 0, True))
@@ -122,6 +119,7 @@ def facts_of(looks: list[_Look]) -> SequenceFacts:
         opposite=opposite,
         filled=filled,
         filled_class=filled_class,
+        hidden=hidden,
     )
 
 
@@ -133,7 +131,7 @@ def _whole(counts: Tensor) -> bool:
     return inside > 0 and int(counts.sum()) >= WHOLE_ROWS * inside
 
 
-def _information(looks: list[_Look], shift: int, backwards: bool) -> _Shared:
+def _information(looks: list[TokensAsked], shift: int, backwards: bool) -> _Shared:
     """What the tokens so many places on say of the classes, where both stand."""
     tokens, classes = (torch.cat(side) for side in zip(*(_pairs(k, shift, backwards) for k in looks), strict=True))
     if not len(classes):
@@ -149,7 +147,7 @@ def _information(looks: list[_Look], shift: int, backwards: bool) -> _Shared:
     return _Shared(of_classes, of_tokens, of_tokens + of_classes - joint - bias)
 
 
-def _pairs(look: _Look, shift: int, backwards: bool) -> tuple[Tensor, Tensor]:
+def _pairs(look: TokensAsked, shift: int, backwards: bool) -> tuple[Tensor, Tensor]:
     """The classes that count, and the token that stands `shift` places on from each, or at its place counted from
     the other end of what counts in the row."""
     n, length = look.classes.shape
@@ -174,7 +172,7 @@ def _ends(filled: Tensor) -> tuple[Tensor, Tensor]:
     return filled.long().cumprod(1).sum(1), filled.flip(1).long().cumprod(1).sum(1)
 
 
-def _opposite(look: _Look) -> tuple[int, int]:
+def _opposite(look: TokensAsked) -> tuple[int, int]:
     """How many rows are filled up, and how many of them at one end by the tokens and at the other by the
     classes."""
     starts, ends = _ends(~look.counts)
@@ -189,7 +187,7 @@ def _opposite(look: _Look) -> tuple[int, int]:
     return int(rows.sum()), int(found.sum()) if one_filler else 0
 
 
-def _filled(looks: list[_Look]) -> tuple[float, int]:
+def _filled(looks: list[TokensAsked]) -> tuple[float, int]:
     """The share of the places that count whose token fills the end of its row, and the class that is asked for at
     all of them, -1 where there are several or none."""
     tokens = [look.tokens for look in looks]

@@ -47,6 +47,29 @@ def test_statistics_that_hardly_move_and_do_not_fit(momentum, size, step, cause)
     assert verdict.cause == cause
 
 
+@pytest.mark.parametrize(
+    ("momentum", "size", "batches", "told"),
+    [
+        (0.0, 8.0, 100, True),
+        (0.0, 8.0, 10, False),  # it is early
+        (0.0, 1.7, 100, False),  # of the size that they began with
+        (0.1, 8.0, 100, False),
+    ],
+)
+def test_statistics_that_never_move_are_told(momentum, size, batches, told):
+    result = measured(momentum, batches, size)[-1]
+    verdict = NormalizationStatistics.trend([(batches, result)])
+    assert (verdict.cause == Cause.NORMALIZATION_STATISTICS_BAD) == told
+    assert ("never move" in verdict.sentence) == told
+
+
+def test_pretrained_statistics_that_are_kept_by_a_momentum_of_zero_are_left_alone():
+    model, x, _, _ = measured(0.1)
+    model[1].momentum = 0.0
+    snapshot = diag.Snapshot(model, F.cross_entropy, (x, torch.zeros(64).long()), micro_batch=16)
+    assert NormalizationStatistics.trend([(100, diag.normalization_statistics(snapshot))]).level == "ok"
+
+
 def test_a_model_without_running_statistics_is_refused():
     snapshot = diag.Snapshot(nn.Linear(4, 3), F.cross_entropy, (torch.randn(6, 4), torch.zeros(6).long()))
     with pytest.raises(diag.errors.MissingQuantity, match="no batch normalisation"):

@@ -27,6 +27,8 @@ MEANS_APART = 1.25  # running standard deviations
 # Steps from which on so much of the running statistics may no longer be their start. With torch's own momentum a
 # thousandth is left after 66, with one of 0.01 half after 69.
 SLOW = ((30, 0.9), (100, 0.5))
+UNMOVED_BATCHES = 30  # after which statistics that are exactly those of the start are not followed at all
+UNMOVED_VARIANCE, UNMOVED_MEAN = 1.5, 0.5  # a factor, and standard deviations: evaluation is another network then
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +43,11 @@ class NormalizationStatistics(Result):
     shifted: str = measured("the layer whose running mean fits what enters it the least", default="")
     shift: float = measured("distance of its means over the running standard deviation, the median", default=0.0)
     shifted_batches: int = measured("batches that it has seen", default=0)
+    unmoved: str = measured("a layer whose running statistics are exactly 0 and 1 after many batches", default="")
+    unmoved_layers: int = measured("how many such layers there are", default=0)
+    unmoved_batches: int = measured("batches that it has seen", default=0)
+    unmoved_factor: float = measured("variance of what enters it, or the inverse, the median channel", default=1.0)
+    unmoved_shift: float = measured("means of what enters it, their size in the median channel", default=0.0)
 
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
@@ -63,6 +70,8 @@ class NormalizationStatistics(Result):
         limit = last.setting("factor")
         if last.unmet() is not None or not last.batches:
             return last.verdict()
+        if last.unmoved_factor > UNMOVED_VARIANCE or last.unmoved_shift > UNMOVED_MEAN:
+            return last._unmoved()
         far = last.factor > limit
         still = [r.shifted_batches for s, r in series if r.shifted == last.shifted]
         if last.shift > MEANS_APART and last.shifted_batches and len(still) > 1 and len(set(still)) == 1:
@@ -73,6 +82,26 @@ class NormalizationStatistics(Result):
         if far and any(step >= since and last.unseen > share for since, share in SLOW):
             return last._of_the_start()
         return last.verdict()
+
+    def _unmoved(self) -> Verdict:
+        of_variance = self.unmoved_factor > UNMOVED_VARIANCE
+        off = (
+            f"a variance {format_number(self.unmoved_factor)} times off"
+            if of_variance
+            else f"means {format_number(self.unmoved_shift)} off"
+        )
+        others = self.unmoved_layers - 1
+        layers = f"{layer_called(self.unmoved)}{f' and {others:,} more' if others else ''}"
+        return self._bad(
+            f"Running statistics never move: after {self.unmoved_batches:,} batches those of {layers} are exactly "
+            f"mean 0 and variance 1, and what enters {layer_called(self.unmoved)} has {off}. Training normalises "
+            "each batch, and eval mode nothing.",
+            "Give batch normalisation a momentum above zero (torch's own is 0.1, the share of the new batch), and "
+            "look for what resets the statistics.",
+            self.unmoved,
+            (self.unmoved_factor, UNMOVED_VARIANCE) if of_variance else (self.unmoved_shift, UNMOVED_MEAN),
+            Cause.TRAINING_DIVERGED,
+        )
 
     def _of_the_start(self) -> Verdict:
         return self._bad(
@@ -151,12 +180,15 @@ def normalization_statistics(
     running_statistics: what enters each layer in evaluation mode beside its running statistics
     (`diag.snapshot.inside.normalization`). A warning where the variance is more than `factor` off in the worst
     layer and its running statistics are to nine tenths at step 30, or to half at step 100, what they began with, or
-    with a momentum of a half or more; and where statistics that stand still lie far from what enters. Raises
-    nothing of its own.
+    with a momentum of a half or more; where statistics that stand still lie far from what enters; and where they
+    are exactly mean 0 and variance 1 after 30 batches and what enters has a variance 1.5 times or a mean half a
+    standard deviation off. Raises nothing of its own.
     """
     shifted = max(running_statistics, key=lambda s: s.shift, default=None)
     worst = max(running_statistics, key=lambda s: s.factor, default=None)
     known = worst is not None and worst.factor == worst.factor
+    unmoved = [s for s in running_statistics if s.unmoved and s.batches >= UNMOVED_BATCHES]
+    clearest = max(unmoved, key=lambda s: max(s.factor / UNMOVED_VARIANCE, s.shift / UNMOVED_MEAN), default=None)
     return NormalizationStatistics(
         layer=worst.name or "the model itself" if worst else "",
         factor=worst.factor if worst else 1.0,
@@ -166,5 +198,10 @@ def normalization_statistics(
         shifted=shifted.name or "the model itself" if shifted else "",
         shift=shifted.shift if shifted else 0.0,
         shifted_batches=shifted.batches if shifted else 0,
+        unmoved=clearest.name or "the model itself" if clearest else "",
+        unmoved_layers=len(unmoved),
+        unmoved_batches=clearest.batches if clearest else 0,
+        unmoved_factor=clearest.factor if clearest else 1.0,
+        unmoved_shift=clearest.shift if clearest else 0.0,
         preconditions=(Precondition("finite statistics", known, "no finite statistics were seen."),),
     )

@@ -24,7 +24,7 @@ class RunningStatistics:
     factor: by how much the variance of what enters differs from the running one, as a factor above one, the median
     channel. shift: distance of the means over the running standard deviation, the median channel. momentum: of the
     running statistics, 0 where they are plain averages; batches: how many they have seen. unseen: the share of them
-    that is still what they began with, (1 - momentum)^batches.
+    that is still what they began with, (1 - momentum)^batches. unmoved: they are mean 0 and variance 1, to the bit.
     """
 
     name: str
@@ -32,10 +32,13 @@ class RunningStatistics:
     shift: float
     momentum: float
     batches: int
+    unmoved: bool = False
 
     @property
     def unseen(self) -> float:
         """The share of the initial values that is left in the running statistics."""
+        if self.unmoved:
+            return 1.0
         return (1 - self.momentum) ** self.batches if self.momentum else float(self.batches == 0)
 
 
@@ -69,6 +72,7 @@ class _Entering:
             float(((mean - m.running_mean.to(mean)).abs() / running.sqrt()).median()),
             float(m.momentum or 0.0),
             int(m.num_batches_tracked) if m.num_batches_tracked is not None else 0,
+            bool((m.running_mean == 0).all() and (m.running_var == 1).all()),
         )
 
 

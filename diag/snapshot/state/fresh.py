@@ -2,7 +2,9 @@
 
 torch draws the weights of its layers uniformly within a bound that follows from their shape, and those of
 embeddings from the unit normal. Trained weights leave the bound, and have rows and directions that are larger than
-chance makes them. So a layer in which nothing of this is to be seen has not been trained, here or elsewhere.
+chance makes them. So a layer in which nothing of this is to be seen has not been trained, here or elsewhere. Draws
+that were made smaller or larger by one factor have a bound all the same, with as many entries next to it as
+anywhere: the smallest training blurs it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ NEAR_THE_BOUND = 20.0  # of n uniform entries none lies within 20 / n of the bou
 ENTRIES_LOOKED_AT = 4096
 SIDE = 256  # of the block whose largest singular value is taken
 ERRORS_OF_DRAWS = 4.0
+NEXT_TO_THE_EDGE = (0.05, 0.02)  # widths, in shares of a bound, in which so large a share of the entries lies
 KOLMOGOROV_SMIRNOV = 1.95  # over the root of the number of entries: one draw in a thousand lies further off
 ABOVE_THE_EDGE = 1.1  # of the largest singular value that independent entries have, (root of m + root of n) std
 
@@ -44,6 +47,8 @@ def looks_fresh(module: nn.Module, p: Tensor) -> str:
         kind = "normal" if _is_unit_normal(some) else ""
     elif any(_is_uniform(some, largest, bound, own.numel()) for bound in _bounds(module, own)):
         kind = "uniform"
+    elif _has_sharp_edge(some, largest):
+        kind = "uniform" if _is_uniform(some, largest, largest, own.numel()) else ""
     return kind if kind and _has_no_direction(own) else ""
 
 
@@ -64,6 +69,13 @@ def _is_uniform(some: Tensor, largest: float, bound: float, entries: int) -> boo
     cumulative = (some.sort().values / bound + 1) / 2
     steps = torch.arange(1, len(some) + 1, dtype=torch.float64) / len(some)
     return float((cumulative - steps).abs().max()) < KOLMOGOROV_SMIRNOV / math.sqrt(len(some)) + 1 / len(some)
+
+
+def _has_sharp_edge(some: Tensor, largest: float) -> bool:
+    """Whether as many entries lie next to the largest as between any others."""
+    sizes, n = some.abs() / largest, len(some)
+    counts = ((int((sizes >= 1 - width).sum()), width * n) for width in NEXT_TO_THE_EDGE)
+    return all(abs(count - expected) <= ERRORS_OF_DRAWS * math.sqrt(expected) for count, expected in counts)
 
 
 def _is_unit_normal(some: Tensor) -> bool:

@@ -64,6 +64,24 @@ def test_a_body_that_was_drawn_at_random_and_frozen_is_told(net):
     assert f"{20 * 64 + 64 * 32:,} numbers" in sentence and "requires_grad is False" in sentence
 
 
+def test_a_body_whose_draws_were_made_smaller_is_told(net):
+    with torch.no_grad():
+        for p in net.body.parameters():
+            p.mul_(0.3)
+    net.body.requires_grad_(False)
+    assert Cause.PARAMETER_FROZEN in told(net, lambda: fit(net, net.head.parameters()))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_the_smallest_training_blurs_the_bound_of_smaller_draws(rate):
+    """Weights of 0.3 times torch's own bound of 1/8, and those moved by a few thousandths."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.mul_(0.3).add_(rate * 0.5 * torch.randn(64, 64))
+    assert looks_fresh(layer, layer.weight) == ("" if rate else "uniform")
+
+
 def test_a_body_under_no_grad_that_no_optimizer_holds_is_told(net):
     net.cut = True
     sentence = told(net, lambda: fit(net, net.head.parameters()))[Cause.PARAMETER_FROZEN]

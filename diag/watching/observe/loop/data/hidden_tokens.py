@@ -7,7 +7,7 @@ count, what is hidden is to be told from the rest. Shapes: tokens, classes, coun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ def _at_place(looks: Sequence[TokensAsked]) -> float:
     return _most_frequent(_beside(looks, 0))[1]
 
 
-def _filled_in(tokens: Tensor, classes: Tensor) -> dict[str, float]:
+def _filled_in(tokens: Tensor, classes: Tensor) -> dict[str, Any]:
     """Where all places count: one class that is asked for wherever the input does not hold the mask, told by what
     is asked for where it does."""
     fill, share = _most_frequent(classes)

@@ -67,6 +67,7 @@ class TrainingListener(Guarded):
     def remove(self) -> None:
         """Listen no more; nothing is left on the model or in torch."""
         safely(HUB.remove, self, broke=self.broke)
+        safely(self._loop.close, broke=self.broke)
         if self._hooks is not None:
             safely(self._hooks.remove, broke=self.broke)
 

@@ -9,7 +9,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.arithmetic import ActionFacts, ActionLook
 from diag.snapshot.loop.facts import Loop
-from diag.watching.observe.loop.formula.actions import picked_by
+from diag.watching.observe.loop.formula.actions import picked_in
 from diag.watching.observe.loop.formula.parts import parts_of
 
 N, D, A = 32, 5, 3
@@ -85,11 +85,11 @@ def test_a_regression_of_the_largest_output_without_anyone_who_acts_is_fine():
 def test_what_picks_is_read(pick, found):
     q, actions = values()(torch.randn(N, D)), torch.randint(A, (N,))
     (part,) = parts_of(F.mse_loss(pick(q, actions), torch.zeros(N)))
-    assert picked_by(part) == found
+    assert picked_in(part).kind == found
     (part,) = parts_of(F.mse_loss(q, torch.zeros(N, A)))
-    assert picked_by(part) == ""
+    assert picked_in(part) is None
     (part,) = parts_of(F.mse_loss(q.max(0).values, torch.zeros(A)))
-    assert picked_by(part) == ""
+    assert picked_in(part) is None
 
 
 def test_too_few_looks_and_a_look_at_an_index_are_no_finding():

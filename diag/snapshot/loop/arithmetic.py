@@ -103,11 +103,24 @@ class ActionLook:
     """A regression of values of actions at one backward pass: one of each row's outputs against a number.
 
     largest: that one is the largest of the row, and not one that an index gives. acted: the model was called
-    without gradients since the last backward pass, on fewer rows a call, as one that acts."""
+    without gradients since the last backward pass, on fewer rows a call, as one that acts. rows; actions: outputs
+    of a row; picked: the one that the index gives in all rows, -1 where it is not one alone. through: the number,
+    too, comes from the model, called on other rows with gradients. discount: what the values of next states are
+    multiplied by in it, NaN where that was not found, and whose values: number `copy` of the copies of the model, -1
+    for its own. settled: the share of rows whose number is one of a few, `settled_at`, whatever these values are;
+    NaN where there are no such values."""
 
     step: int
     largest: bool
     acted: bool
+    rows: int = 0
+    actions: int = 0
+    picked: int = -1
+    through: bool = False
+    discount: float = math.nan
+    copy: int = -1
+    settled: float = math.nan
+    settled_at: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,14 @@ class CopyFacts:
     """A copy of the network in the same process, when the watch closed. kind: "AveragedModel", or "copy" of the
     network's own class; updates: how often an average was updated, None where that is not counted. moved: how far
     it is from where the network began, over how far the network is; changes: at how many of `looks` it was another
-    than at the look before."""
+    than at the look before. number: its place among all copies that were found."""
 
     kind: str
     updates: int | None
     moved: float
     changes: int
     looks: int
+    number: int = 0
 
 
 @dataclass(frozen=True)

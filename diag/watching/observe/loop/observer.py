@@ -104,7 +104,7 @@ class LoopObserver:
         self._pairing, self._evaluated_targets = Pairing(self.moment), EvaluatedTargets(self.moment)
         self._sequences, self._masks = Sequences(self.moment), Masks(self.moment)
         self._penalty, self._pairs = Penalty(self.moment), PairedCalls(self.moment)
-        self._formula, self._depth = Formula(self.moment, names), Depth(names)
+        self._formula, self._depth = Formula(self.moment, names, self._copies.modules), Depth(names)
         self._shape = shape_of(model)
         self._start = () if resumed else starting_weights(model)
         self._calls = self._backwards = self._unstepped = self._zeroed = 0
@@ -196,7 +196,7 @@ class LoopObserver:
         self._columns.evaluated(args, kwargs, model is None or model.training)
         self._novelty.evaluated(args, kwargs)
         self._chance.evaluated(args, kwargs)
-        self._formula.evaluated(args, kwargs)
+        self._formula.evaluated(args, kwargs, outputs)
         self._batches.fetched = False
         self._weights.evaluated()
         self._parameters.evaluated()
@@ -406,6 +406,10 @@ class LoopObserver:
             self._losses.raw = tuple(t for t in tensors_in(batch) if t.is_floating_point() and t.is_cpu)
         else:
             self._losses.raw = ()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._formula.close()
 
     # Facts
 

@@ -55,6 +55,10 @@ class Copies:
         self._copies = [_Copy(weakref.ref(m), averages.get(id(m))) for m in same[:MOST_COPIES]]
         self.look()
 
+    def modules(self) -> list[nn.Module | None]:
+        """The copies that were found, those that are gone as None."""
+        return [copy.module() for copy in self._copies]
+
     def look(self) -> None:
         """Keep some numbers of each copy as it is now."""
         for copy in self._copies:
@@ -69,9 +73,10 @@ class Copies:
             return ()
         self.look()
         now = some_numbers(model)
-        return tuple(f for copy in self._copies if (f := self._told(copy, now)) is not None)
+        told = (self._told(number, copy, now) for number, copy in enumerate(self._copies))
+        return tuple(facts for facts in told if facts is not None)
 
-    def _told(self, copy: _Copy, now: Tensor) -> CopyFacts | None:
+    def _told(self, number: int, copy: _Copy, now: Tensor) -> CopyFacts | None:
         average = None if copy.average is None else copy.average()
         looks = [look for look in copy.looks if look.shape == self._start.shape == now.shape]
         if copy.module() is None or len(looks) < 2:
@@ -86,6 +91,7 @@ class Copies:
             moved=moved / way if way else 0.0,
             changes=changes,
             looks=len(looks) - 1,
+            number=number,
         )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diag.snapshot.objective.loss_spy import input_and_target
 from diag.watching.observe.loop.formula.actions import Actions
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
 from diag.watching.observe.loop.formula.domains import Domains
 from diag.watching.observe.loop.formula.latents import Latents
+from diag.watching.observe.loop.formula.next_values import NextValues
 from diag.watching.observe.loop.formula.oddities import Oddities
 from diag.watching.observe.loop.formula.parts import parts_of
 from diag.watching.observe.loop.formula.policy import Policies
@@ -22,13 +23,17 @@ from diag.watching.observe.loop.moment import Moment
 
 
 class Formula:
-    """Hands events on to those who read the graph of the loss. `names`: of the model's parameters, by id."""
+    """Hands events on to those who read the graph of the loss. `names`: of the model's parameters, by id.
+    `copies`: the copies of the model that are known by now."""
 
-    def __init__(self, moment: Moment, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, moment: Moment, names: Mapping[int, str], copies: Callable[[], Sequence[nn.Module | None]]
+    ) -> None:
         self._arithmetic = Arithmetic(moment)
         self._rollout = Rollout()
         self._latents, self._policies = Latents(moment), Policies(moment, self._rollout)
-        self._actions = Actions(moment, self._rollout)
+        self._next = NextValues(copies)
+        self._actions = Actions(moment, self._rollout, self._next)
         self._contrasts, self._games = Contrasts(moment), Games(moment, names)
         self._domains, self._oddities = Domains(moment), Oddities(moment)
 
@@ -41,10 +46,11 @@ class Formula:
             self._rollout.training_call(args, kwargs, outputs)
         self._oddities.training_call(args, kwargs, outputs)
 
-    def evaluated(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def evaluated(self, args: Any, kwargs: Mapping[str, Any], outputs: Any) -> None:
         """The model was called without gradients."""
         if self._follows_rollout:
             self._rollout.quiet_call(args, kwargs)
+            self._next.called(outputs)
 
     @property
     def _follows_rollout(self) -> bool:
@@ -73,6 +79,11 @@ class Formula:
                 self._oddities.read(roots, parts)
             self._games.backward_called(roots.grad_fn)
         self._rollout.forget()
+        self._next.forget()
+
+    def close(self) -> None:
+        """Nothing is left on what the loop calls."""
+        self._next.close()
 
     def facts(self) -> dict[str, Any]:
         """As fields of the facts of the loop."""

@@ -67,12 +67,21 @@ class Rollout:
 
     def output_behind(self, node: Any) -> Tensor | None:
         """The output of the model that a node passes on."""
+        return self._outputs.get(self.call_behind(node))
+
+    def call_behind(self, node: Any) -> int:
+        """The number of the node that made the output of the model which a node passes on; -1 where there is
+        none."""
         for before in first_arguments(node, 8):
             if before._sequence_nr() in self._outputs:
-                return self._outputs[before._sequence_nr()]
+                return int(before._sequence_nr())
             if kind_of(before) not in PASSING_ON:
                 break
-        return None
+        return -1
+
+    def others_than(self, call: int) -> dict[int, Tensor]:
+        """The outputs of the other calls of the model with gradients, by the numbers of their nodes."""
+        return {number: output for number, output in self._outputs.items() if number != call}
 
     def drawn_since(self, actions: Tensor, logits: Tensor) -> bool:
         """Whether these actions (..., 1) are what the generator gave first after the last call of the model, from

@@ -44,6 +44,7 @@ class Cause(enum.StrEnum):
     GRAPH_CUT = "graph_cut", Theme.LOOP, "A module runs in the forward pass and no gradient comes back to it: detach, no_grad, .item(), argmax."
     MODULE_UNUSED = "module_unused", Theme.LOOP, "A module with trainable parameters is never called in training, or the loss does not use its output."
     GRADIENT_ABSENT = "gradient_absent", Theme.LOOP, "A trainable parameter never gets a gradient; which of the reasons is not known."
+    VECTOR_UNTRAINED = "vector_untrained", Theme.LOOP, "A parameter of one axis (a bias, a temperature) never gets a gradient, while weights of layers do: it can explain little."
     WEIGHTS_UNCHANGED = "weights_unchanged", Theme.LOOP, "A parameter has a gradient, a learning rate and a step, and does not move; why is not known."
     WEIGHTS_CHANGED_OUTSIDE = "weights_changed_outside", Theme.LOOP, "Weights change between steps by something other than the optimizer: reloaded, re-initialised, overwritten."
     AVERAGED_WEIGHTS_LEFT = "averaged_weights_left", Theme.LOOP, "Averaged weights (EMA, SWA) were put in for an evaluation and training went on from them."
@@ -209,6 +210,7 @@ MAKES_STEPS_TOO_LARGE = (
     Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.MOMENTUM_TOO_HIGH,
 )  # fmt: skip
 LOSES_THE_LOSS = (
+    Cause.BOOTSTRAP_WRONG,
     *MAKES_STEPS_TOO_LARGE, Cause.LEARNING_RATE_TOO_HIGH, Cause.DATA_NOT_FINITE, Cause.GRADIENTS_STILL_SCALED,
     Cause.LOGITS_INTO_PROBABILITY_LOSS,
 )  # fmt: skip

@@ -23,6 +23,10 @@ def by_gather(q, actions):
     return q.gather(1, actions[:, None]).squeeze(1)
 
 
+def by_gather_and_column(q, actions):
+    return q.gather(1, actions[:, None])[:, 0]
+
+
 def by_index(q, actions):
     return q[torch.arange(N), actions]
 
@@ -80,7 +84,14 @@ def test_a_regression_of_the_largest_output_without_anyone_who_acts_is_fine():
 
 
 @pytest.mark.parametrize(
-    "pick, found", [(by_gather, "Gather"), (by_index, "Index"), (the_largest, "Max"), (amax, "Amax")]
+    "pick, found",
+    [
+        (by_gather, "Gather"),
+        (by_gather_and_column, "Gather"),
+        (by_index, "Index"),
+        (the_largest, "Max"),
+        (amax, "Amax"),
+    ],
 )
 def test_what_picks_is_read(pick, found):
     q, actions = values()(torch.randn(N, D)), torch.randint(A, (N,))

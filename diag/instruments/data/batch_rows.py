@@ -81,8 +81,7 @@ def _repeated(i: InputFacts) -> Iterator[LoopFinding]:
         yield LoopFinding(
             Level.WARNING,
             Cause.ROWS_DUPLICATED,
-            f"A batch holds the same rows several times: of {each:.3g} rows {differ:.3g} differ, while other "
-            "batches hold others.",
+            f"A batch holds the same rows several times: {_among(each, differ)}, while other batches hold others.",
             "Look at how batches are put together: a sampler that draws a place again and again, a repeat or an "
             "expand along the batch axis.",
             "Rows that are meant to be repeated in a batch.",
@@ -90,6 +89,17 @@ def _repeated(i: InputFacts) -> Iterator[LoopFinding]:
         )
     elif i.continuous and i.places >= PLACES_LOOKED_AT and i.of_places <= PLACES_THAT_DIFFER * i.places:
         yield from _copies(i)
+
+
+def _among(rows: float, differ: float) -> str:
+    """How many of a batch's rows are distinct.
+
+    >>> _among(32, 1), _among(32, 2.5)
+    ('all 32 rows of a batch are the same', 'of the 32 rows of a batch only 2.5 are different ones')
+    """
+    if differ == 1:
+        return f"all {rows:.3g} rows of a batch are the same"
+    return f"of the {rows:.3g} rows of a batch only {differ:.3g} are different ones"
 
 
 def _copies(i: InputFacts) -> Iterator[LoopFinding]:

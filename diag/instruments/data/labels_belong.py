@@ -44,7 +44,7 @@ WHAT_ELSE = tuple(
     c
     for c in Cause
     if c not in (Cause.LABELS_SHUFFLED, Cause.LABELS_WRONG, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING,
-                 Cause.WORSE_THAN_TRIVIAL, Cause.OUTPUT_CONSTANT)
+                 Cause.WORSE_THAN_TRIVIAL, Cause.OUTPUT_CONSTANT, Cause.VECTOR_UNTRAINED)
 )  # fmt: skip
 
 

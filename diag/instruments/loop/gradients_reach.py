@@ -136,6 +136,9 @@ def _unchanged(
     whole_layers: bool = True,
 ) -> LoopFinding:
     names = tuple(p.name for p in parameters)
+    weights_trained = any(p.gradient and not _is_vector(p) for p in loop.parameters)
+    if cause == Cause.GRADIENT_ABSENT and weights_trained and all(map(_is_vector, parameters)):
+        cause = Cause.VECTOR_UNTRAINED
     whom = list(dict.fromkeys(map(layer_of, names) if whole_layers else names))
     verb, have, them = (verbs[1], "they have", "them") if len(whom) > 1 else (verbs[0], "it has", "it")
     return LoopFinding(
@@ -148,6 +151,11 @@ def _unchanged(
         step=1 if _never(parameters) else None,
         layers=names,
     )
+
+
+def _is_vector(p: ParameterFacts) -> bool:
+    """Whether all numbers of a parameter lie along one axis: a bias, a gain, a temperature."""
+    return sum(length > 1 for length in p.shape) <= 1
 
 
 def _never(parameters: list[ParameterFacts]) -> bool:

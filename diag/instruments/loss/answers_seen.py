@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from diag.display import format_number
+from diag.display import format_share
 from diag.instruments.causes import Cause
 from diag.registry import Kind, instrument
 from diag.result import Confidence, Level, Precondition, Result, Verdict, measured
@@ -48,7 +48,7 @@ class AnswersSeen(Result):
         return Verdict(
             Level.ALARM,
             "The model can look at what it is asked for: each target is the next token of the input, and what the "
-            f"model says of a position changes with later tokens (by {format_number(self.change)} of its spread).",
+            f"model says of a position changes with later tokens (by {format_share(self.change)} of its spread).",
             advice="Mask what comes later in every attention (is_causal=True, or tgt_mask), and look for "
             "pooling or normalisation over positions.",
             source=SOURCE,
@@ -65,7 +65,7 @@ class AnswersSeen(Result):
             Level.ALARM,
             "The model can look at what it is asked for, in training alone: each target is the next token of the "
             "input, and what the model says of a position changes with later tokens in training mode (by "
-            f"{format_number(self.in_training)} of its spread) and not in evaluation mode.",
+            f"{format_share(self.in_training)} of its spread) and not in evaluation mode.",
             advice="Make the causal mask whatever the mode is: look for self.training, or a flag that evaluation "
             "sets, where the mask is made.",
             source=SOURCE,

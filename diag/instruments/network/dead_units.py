@@ -103,7 +103,7 @@ def dead_units(activations: Sequence[Activation], inputs: Any = None, *, alarm_a
     return DeadUnits(
         worst=float(dead.max()) if rectified else 0.0,
         all_dead=float((dead * units).sum() / units.sum()) if rectified else 0.0,
-        layers=tuple(a.name or "the model itself" for a in rectified),
+        layers=tuple(a.name or "the ReLU in the model's own forward()" for a in rectified),
         dead=dead,
         preconditions=(known, all_finite(activations), rows_differ(inputs)),
     )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from diag.display import format_number
+from diag.display import format_share
 from diag.instruments.causes import Cause
 from diag.instruments.graded import graded
 from diag.registry import Kind, instrument
@@ -49,8 +49,8 @@ class ExamplesMixed(Result):
             )
         return judged(
             Level.WARNING,
-            f"The answer to an example depends {others}, in evaluation mode, too: it moves by "
-            f"{format_number(most)} of its size when {moved}.",
+            f"The answer to an example depends {others}, in evaluation mode, too: it changes by "
+            f"{format_share(most)} of its size when {moved}.",
             advice=f"{advice}; where examples are meant to see each other, leave it.",
             refutation="The same example alone and in a batch gives the same answer.",
             cause=Cause.EXAMPLES_MIXED,

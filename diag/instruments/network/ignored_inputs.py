@@ -34,6 +34,10 @@ class IgnoredInputs(Result):
     positions: int = measured("positions of it at which examples differ", default=0)
     used: tuple[int, ...] = measured("those of them that move an output, from 0", default=())
 
+    def _counting(self) -> str:
+        by_place = not all(name.isidentifier() for name in self.ignored)
+        return " (the inputs of the call are counted from 1)" if by_place else ""
+
     def verdict(self) -> Verdict:
         if (unmet := self.unmet()) is not None:
             return unmet.verdict(SOURCE)
@@ -50,7 +54,7 @@ class IgnoredInputs(Result):
             Level.WARNING,
             f"The model is given {named(self.ignored)} and does not use "
             f"{'them' if len(self.ignored) > 1 else 'it'}: when {self.examples:,} examples exchange these values, "
-            "no output changes in a single bit.",
+            f"no output changes in a single bit{self._counting()}.",
             advice="Look for an input that is overwritten, multiplied by zero or left out on its way; take it out "
             "of the call where it is not meant to count.",
             source=SOURCE,

@@ -80,9 +80,12 @@ class FiniteSteps(Result):
             )
         if self.epsilon_lost:
             return self._of_half_precision(step)
-        where = {True: ", though the model's outputs were finite", False: ", as were the model's outputs"}
+        where = {
+            True: ", though the model's outputs were finite",
+            False: ": the model's outputs were not finite either",
+        }
         known = {False: where[False], True: where[True], None: ""}[self.outputs_finite]
-        batch = " from a finite batch" if self.batch_finite and self.outputs_finite is False else ""
+        batch = ", though the batch was" if self.batch_finite and self.outputs_finite is False else ""
         before = "; the gradients of all steps before were finite" if self.loss_step > 1 else ""
         return self._alarm(
             f"{step}{known}{batch}{before}.",

@@ -37,7 +37,7 @@ STANDS_FOR = {
     "mse_loss": "the mean of the targets",
     "l1_loss": "the median of the targets",
 }
-NOT_BEHIND_IT = (Cause.LABELS_WRONG, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING)
+NOT_BEHIND_IT = (Cause.LABELS_WRONG, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING, Cause.VECTOR_UNTRAINED)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -28,7 +28,9 @@ LOSS_STILL_FALLING = 0.8  # of the loss at the look before: a network that is wo
 CROSS_ENTROPY_WITHIN = 1e-2
 # What a network that learns nothing may be the consequence of: whatever was found is a better answer than this.
 EXPLAINED_BY = tuple(
-    c for c in Cause if c not in (Cause.WORSE_THAN_TRIVIAL, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING)
+    c
+    for c in Cause
+    if c not in (Cause.WORSE_THAN_TRIVIAL, Cause.OVERFITTING, Cause.SOFTMAX_ROUNDING, Cause.VECTOR_UNTRAINED)
 )
 
 

@@ -24,7 +24,10 @@ KNOWS = 1.5  # times the loss with exchanged answers: the network has learned al
 EXPLAINED_BY = tuple(
     c
     for c in Cause
-    if c.theme in (Theme.LOOP, Theme.LOSS, Theme.DATA, Theme.NETWORK, Theme.NUMERICS)
+    if (
+        c.theme in (Theme.LOOP, Theme.LOSS, Theme.DATA, Theme.NETWORK, Theme.NUMERICS)
+        and c != Cause.VECTOR_UNTRAINED
+    )
     or c in (Cause.LEARNING_RATE_TOO_LOW, Cause.LEARNING_RATE_TOO_HIGH, Cause.INPUT_IGNORED)
 )
 # What keeps a part of the network, or the whole, from learning as it could, whatever the optimizer.

@@ -86,7 +86,7 @@ def inputs_tried(snapshot: Snapshot) -> InputsTried:
 
 
 def _varying(batch: Batch, forward: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    named = [(f"input {i + 1}", a) for i, a in enumerate(batch.args)]
+    named = [(f"input {i + 1}", a) for i, a in enumerate(batch.args)]  # as in all sentences, from 1
     named += [(name, value) for name, value in batch.kwargs.items() if name in forward]
     targets = tensors_in(batch.targets)
     for name, t in named:

@@ -241,7 +241,8 @@ def _too_slow(history: History, loop: Loop) -> Iterator[LoopFinding]:
             Cause.SCHEDULE_TOO_SLOW,
             f"The scheduler ({s.kind}) stepped {s.steps:,} times in {counted(steps, 'step')} of the optimizer, and "
             f"{how}.",
-            "Call scheduler.step() after each step of the optimizer, or count the schedule in epochs.",
+            "Call scheduler.step() after each step of the optimizer; or give the schedule lengths that fit the "
+            f"{s.steps:,} times that it steps.",
             "Settings of the schedule that are meant in epochs, for a longer training than this.",
         )
 

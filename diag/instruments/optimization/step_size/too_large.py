@@ -15,8 +15,13 @@ CERTAIN = 0.23  # from here on a step is too large also where the loss has not r
 HALF_OF_LOSS, TENTH_OF_LOSS = 0.5, 0.1  # of the first loss
 BLOWN_UP = 100.0  # times the first loss: what such steps have replaced is not what training began with
 GROWN = 30.0  # norm over the first norm
+# Learning rates up to which an optimizer's steps are what they are in most trainings that work with it.
+USUAL_RATES = {"Adam": 3e-3, "AdamW": 3e-3, "NAdam": 3e-3, "RAdam": 3e-3, "RMSprop": 3e-3, "SGD": 0.1}
 COMES_BACK = 100  # steps in which a loss that rose in the first ones may come back
 ADAGRAD, RMSPROP = "Adagrad", "RMSprop"  # they divide by what began at zero: large at first at any rate
+
+# Axes that are taken for one another send a gradient to the wrong places: it is large at a usual rate, too.
+OF_THE_LAYOUT = (Cause.AXES_MIXED, Cause.EXAMPLES_MIXED, Cause.WRONG_CLASS_AXIS)
 
 
 def too_large(steps: MeasuredSteps) -> Verdict | None:
@@ -36,7 +41,8 @@ def too_large(steps: MeasuredSteps) -> Verdict | None:
                       Cause.TARGETS_NOT_NORMALIZED, Cause.DATA_NOT_FINITE, Cause.INITIALIZATION_CONSTANT,
                       Cause.INPUTS_TOO_SMALL, Cause.INPUTS_CONSTANT, Cause.LABELS_SHUFFLED,
                       Cause.CLASS_WEIGHTS_WRONG, Cause.LEARNING_RATE_ZERO, Cause.NORMALIZATION_STATISTICS_BAD,
-                      Cause.TARGETS_OUT_OF_RANGE, *([Cause.WEIGHT_DECAY_TOO_STRONG] if steps.shrunk else [])),
+                      Cause.TARGETS_OUT_OF_RANGE, *([Cause.WEIGHT_DECAY_TOO_STRONG] if steps.shrunk else []),
+                      *(OF_THE_LAYOUT if steps.rate <= USUAL_RATES.get(steps.optimizer, 0.0) else [])),
         step=steps.began_at or steps.largest_at,
     )  # fmt: skip
 

@@ -106,9 +106,15 @@ def picked_in(p: Summand) -> Picked | None:
             if _takes_one(before):
                 shape = given_shape(*before.next_functions[0])
                 return None if shape is None else Picked(p, before, kind_of(before), shape, other)
-            if kind_of(before) not in PASSING_ON:
+            if kind_of(before) not in PASSING_ON and not _takes_all(before):
                 break
     return None
+
+
+def _takes_all(node: Any) -> bool:
+    """Whether a selection takes the one column that there is."""
+    shape = given_shape(*node.next_functions[0]) if kind_of(node) == "Select" else None
+    return shape is not None and len(shape) == 2 and shape[1] == 1 and signed(node._saved_dim) % 2 == 1
 
 
 def _takes_one(node: Any) -> bool:

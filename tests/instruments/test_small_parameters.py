@@ -1,4 +1,4 @@
-"""A bias or a temperature without a gradient explains little; a trunk or an embedding without one may explain all."""
+"""A bias or a temperature without a gradient explains little; a trunk or an embedding may explain all."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Values of actions, as of Q-learning: whether the value that is corrected is that of the action that was taken, and
-whether the numbers that it is compared with come from where they should."""
+"""Values of actions, as of Q-learning: whether the value that is corrected is that of the action that was taken,
+and whether the numbers that it is compared with come from where they should."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def action_values(loop: Loop) -> ActionValues:
     what.
 
     loop: the facts of the loop, with what the loss compares with a number at backward passes that were looked at.
-    Findings, each at all of at least three looks: that is the largest output of each row, and the model acts (it was
-    called without gradients on fewer rows); it is that of one and the same action; the gradient goes into the
+    Findings, each at all of at least three looks: that is the largest output of each row, and the model acts (it
+    was called without gradients on fewer rows); it is that of one and the same action; the gradient goes into the
     number, too; the values of next states enter the numbers times more than one. At five looks or more, up to step
     50 or later: the numbers are one of a few in nearly all rows, whatever the values of next states are. When the
     watch closes, after 200 steps or more: the copy of the network whose values enter the numbers has never changed.
@@ -108,8 +108,8 @@ def _through(looks: tuple[ActionLook, ...]) -> LoopFinding:
         Level.WARNING,
         Cause.BOOTSTRAP_WRONG,
         "The gradient goes into the targets of the values, too: at all "
-        f"{len(looks):,} backward passes that were looked at the value of an action is compared with one of another "
-        "call of the same network, with gradients, so that a step moves the values of next states towards those of "
+        f"{len(looks):,} backward passes that were looked at the value of an action is compared with one of "
+        "another call of the same network, with gradients, so that a step moves the values of next states towards those of "
         "the states before them.",
         "Compute the targets under torch.no_grad(), with a copy of the network that is synchronised now and then.",
         "A residual gradient (Baird 1995), where this is meant.",
@@ -144,8 +144,8 @@ def _settled(looks: list[ActionLook]) -> Iterator[LoopFinding]:
         f"The values of next states hardly enter the targets: at all {len(looks):,} backward passes at which that "
         f"could be read, in {format_share(share)} of the rows or more the target is {which} "
         f"({', '.join(map(format_number, numbers))}), whatever the network says of the next state.",
-        "Look at the mask of ends: the value of the next state counts where the episode goes on, reward + discount * "
-        "next * (1 - done). And look at whether the targets are clipped.",
+        "Look at the mask of ends: the value of the next state counts where the episode goes on, reward + "
+        "discount * next * (1 - done). And look at whether the targets are clipped.",
         "Episodes that nearly all end after one step.",
         step=looks[0].step,
         threshold_source=OUR_CHOICE,
@@ -163,8 +163,8 @@ def _never_synchronised(traced: Iterable[ActionLook], loop: Loop) -> Iterator[Lo
         "The network that gives the values of next states was never synchronised: it is a copy of the one that is "
         f"trained, and at each of {still[0].looks + 1:,} looks over {loop.step - loop.resumed:,} steps it had the "
         "same weights, so that the targets are still made of the values of the start.",
-        "Copy the weights into it every few hundred steps, target.load_state_dict(model.state_dict()), or move it a "
-        "little at each step.",
+        "Copy the weights into it every few hundred steps, target.load_state_dict(model.state_dict()), or move it "
+        "a little at each step.",
         "A period that is meant to be longer than this training.",
         step=1,
     )

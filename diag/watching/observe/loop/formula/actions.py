@@ -99,7 +99,7 @@ class Actions(Reader[ActionLook]):
 
 
 def picked_in(p: Summand) -> Picked | None:
-    """What takes one of each row's outputs, where a part compares that with a number or with another such output."""
+    """What takes one of each row's outputs, where a part compares that with a number or another such output."""
     sides = _compared(p)
     for node, other in ((a, b) for a in sides for b in (sides if len(sides) == 2 else [None]) if a is not b):
         for before in first_arguments(node, 8):
@@ -155,8 +155,8 @@ def index_of(picked: Picked) -> Tensor | None:
 
 
 def targets_of(picked: Picked, outputs: Tensor | None) -> Tensor | None:
-    """The numbers (rows,) that the values are compared with; None where the graph does not have them. outputs: those
-    that the values are taken of."""
+    """The numbers (rows,) that the values are compared with; None where the graph does not have them. outputs:
+    those that the values are taken of."""
     index, node = index_of(picked), picked.part.node
     if picked.other is not None or index is None or not index.numel():
         return None

@@ -109,8 +109,8 @@ def _through(looks: tuple[ActionLook, ...]) -> LoopFinding:
         Cause.BOOTSTRAP_WRONG,
         "The gradient goes into the targets of the values, too: at all "
         f"{len(looks):,} backward passes that were looked at the value of an action is compared with one of "
-        "another call of the same network, with gradients, so that a step moves the values of next states towards those of "
-        "the states before them.",
+        "another call of the same network, with gradients, so that a step moves the values of next states towards "
+        "those of the states before them.",
         "Compute the targets under torch.no_grad(), with a copy of the network that is synchronised now and then.",
         "A residual gradient (Baird 1995), where this is meant.",
         step=looks[0].step,

@@ -107,8 +107,8 @@ class ActionLook:
     of a row; picked: the one that the index gives in all rows, -1 where it is not one alone. through: the number,
     too, comes from the model, called on other rows with gradients. discount: what the values of next states are
     multiplied by in it, NaN where that was not found, and whose values: number `copy` of the copies of the model,
-    -1 for its own. settled: the share of rows whose number is one of a few, `settled_at`, whatever these values are;
-    NaN where there are no such values."""
+    -1 for its own. settled: the share of rows whose number is one of a few, `settled_at`, whatever these values
+    are; NaN where there are no such values."""
 
     step: int
     largest: bool

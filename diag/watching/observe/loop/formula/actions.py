@@ -149,7 +149,7 @@ def index_of(picked: Picked) -> Tensor | None:
     if picked.kind not in OF_AN_INDEX:
         return None
     saved: Any = picked.node._saved_index if picked.kind == "Gather" else picked.node._saved_indices
-    index = saved if picked.kind == "Gather" else saved[-1] if len(saved) == 2 else None
+    index: Any = saved if picked.kind == "Gather" else saved[-1] if len(saved) == 2 else None
     usual = isinstance(index, Tensor) and index.is_cpu and index.numel() == picked.shape[0]
     return index.reshape(-1) if usual else None
 

@@ -171,9 +171,13 @@ class TrainingListener(Guarded):
             self._losses.loss_scaled(losses, scaled)
             self._closely("loss_scaled", losses, scaled)
 
-    @guarded("loss")
     def zeroed(self, owner: Any) -> None:
         """An optimizer or a module throws its gradients away."""
+        if self._losses.in_step:  # as after a step, nothing of the next one is lost otherwise
+            self._thrown_away(owner)
+
+    @guarded("loss")
+    def _thrown_away(self, owner: Any) -> None:
         self._losses.zeroed(owner)
 
     @guarded("loss")

@@ -20,7 +20,7 @@ from diag.snapshot.preserve import exact_arithmetic
 RELATIVE = 1e-5  # two different batches of 60,000 examples differ by about 1e-2, another order by roundings
 EXAMPLES_KEPT = 256
 
-Pairs = Sequence[tuple[Tensor, Tensor]]
+Pairs = Sequence[tuple[Any, Any]]  # tensors or floats, of one number
 
 
 class StepExamples:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from diag.watching.observe.norms import norms
+from diag.watching.observe.norms import SMALL_TENSOR, norms
 from diag.watching.observe.rows import Columns, Row
 
 FEW_NUMBERS = 4096  # that are read at every step in a few microseconds
@@ -167,6 +167,9 @@ def _is_broken(t: Tensor | None) -> bool:
     """Whether a number in it is not finite; False where that cannot be told at once."""
     if type(t) is not Tensor or not (t.is_cpu and t.layout is torch.strided and t.is_floating_point()):
         return False
+    if t.dtype is torch.float32 and not t.requires_grad and t.numel() <= SMALL_TENSOR:
+        flat = t.numpy()
+        return not math.isfinite(numpy.vdot(flat, flat))  # also where only a square is beyond the range
     return not math.isfinite(t.detach().sum().item())
 
 

@@ -262,7 +262,10 @@ class Learner:
                     got = self.users_loss(forward.outputs, targets)
             except Exception:
                 continue
-            agrees = [bool(torch.allclose(got.double(), v.double(), rtol=2e-2, equal_nan=True)) for v in values]
+            agrees = [
+                bool(torch.allclose(got.double(), torch.as_tensor(v).double(), rtol=2e-2, equal_nan=True))
+                for v in values
+            ]
             if any(agrees):
                 if not agrees[0] and seen.reason:
                     self._note("objective", NOT_OWN_LOSS)

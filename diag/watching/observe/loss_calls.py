@@ -28,17 +28,27 @@ VALUE_CHANGED = "the value of {} is not passed on as it is, nor times a constant
 class SeenValue(NamedTuple):
     """A value that was seen: a loss function's, or one that the model returned (`place`: where in its outputs).
 
-    number: of its graph node. call: what is kept of it to learn from. count: what a summed loss is divided by to be
+    number: of its graph node. value: on the host and of nothing that is learned from as a number. call: what is kept of it to learn from. count: what a summed loss is divided by to be
     a mean; None for any other. form: what tells the call from others of the same function.
     """
 
     number: int
-    value: Tensor
+    value: Tensor | float
     name: str
     call: SeenLossCall | None = None
     count: Any = None
     place: Any = None
     form: Any = None
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is one number."""
+        return isinstance(self.value, float) or self.value.numel() == 1
+
+    @property
+    def mean(self) -> Any:
+        """Of all its numbers."""
+        return self.value if isinstance(self.value, float) else self.value.mean()
 
 
 class Pass(NamedTuple):
@@ -49,7 +59,7 @@ class Pass(NamedTuple):
     how many more terms there are of which this model has no part.
     """
 
-    value: Tensor | None
+    value: Tensor | float | None
     seen: SeenValue | None
     reason: str
     factor: Any = 1.0
@@ -93,7 +103,7 @@ class LossCalls:
         whole = self._scaled.get(number, root.detach()).reshape(()).clone()
         if not self._scaled:  # nearly always the loss is descended as it is
             for seen in self._seen:
-                if seen.number == number and seen.name and seen.value.numel() == 1:
+                if seen.number == number and seen.name and seen.is_one:
                     return Pass(whole, seen, "")
         found = self._behind(root, whole, [s for s in self._seen if s.name], concerns)
         # A loss that the model returned says less than the loss function's call inside it, so it is asked second.
@@ -106,9 +116,9 @@ class LossCalls:
         if self._scaled or not self._seen:
             return None
         seen = self._seen[-1]
-        if seen.number != number_of(root) or not seen.name or seen.value.numel() != 1:
+        if seen.number != number_of(root) or not seen.name or not seen.is_one:
             return None
-        return Pass(root.detach().reshape(()).clone(), seen, "")
+        return Pass(root.item() if root.is_cpu else root.detach().reshape(()).clone(), seen, "")
 
     def _behind(self, root: Tensor, whole: Tensor, among: list[SeenValue], concerns: Callable[[Any], Any]) -> Pass:
         seen = {s.number: s for s in among}
@@ -123,7 +133,7 @@ class LossCalls:
         factor: Any = 0.0
         for term in own:
             factor = factor + product(term.factors)
-        return Pass(whole if not others else found.value.mean() * factor, found, "", factor, others)
+        return Pass(whole if not others else found.mean * factor, found, "", factor, others)
 
     def clear(self) -> None:
         """The step is over."""
@@ -149,7 +159,7 @@ class LossCalls:
         if not found:
             return None, WHY_NO_CALL[0]
         (seen,) = found.values()
-        if seen.value.numel() != 1:
+        if not seen.is_one:
             return seen, WHY_NO_CALL[1]
         return seen, (ONLY_A_PART if known else VALUE_CHANGED).format(seen.name)
 

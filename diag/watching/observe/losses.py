@@ -80,11 +80,14 @@ class LossObserver:
         self._places: dict[int, int] = {}  # of the step's outputs, by the number of the graph node, which of them
         self._foreign = ""  # why the last call of the model is none to learn from
         self._pending: Pass | None = None
-        self._called = self._reached = False
+        self._called = self._reached = self._unheard = False
+        self._roots: list[
+            Any
+        ] = []  # graph nodes of the pass that goes on, where it may reach what is not listened to
         self._passes: list[Pass] = []
         self.closely = False  # whether the calls of this step are kept whole, since its gradients are read
         self.seen: SeenBackward | None = None  # of the last backward pass of such a step
-        self.descended: list[tuple[Tensor, Tensor]] = []  # of the last step: losses, and what was descended
+        self.descended: list[tuple[Any, Any]] = []  # of the last step: losses, and what was descended
         self._reported: list[Any] = []
         self.without = 0  # steps before which no backward pass was seen
         self._zeroed: list[Any] = []  # what has thrown gradients away since the last backward pass
@@ -122,6 +125,11 @@ class LossObserver:
         """Whether the loss is known, or will not be."""
         return self.learner.settled
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a backward pass has gone through whose gradients no step has used yet."""
+        return bool(self._passes)
+
     # What happens, in the order in which it happens.
 
     def forward_called(self, args: Any, kwargs: Any, outputs: Any, module: nn.Module | None = None) -> bool:
@@ -158,7 +166,11 @@ class LossObserver:
         number = node._sequence_nr()
         if number == self._source:
             return False
-        outputs.register_hook(self._reached_hook)
+        # Where the last step's loss was called on the outputs this one's will be, which says that they are reached.
+        if self._last is not None and self._last[1][0] is not None and not self._passes:
+            self._unheard = True
+        else:
+            outputs.register_hook(self._reached_hook)
         self._sources.append(number)
         self._places[number] = 0
         self._source, self._called, self._foreign = number, True, ""
@@ -170,9 +182,11 @@ class LossObserver:
             return
         # Every loss module of torch gives its reduction by name.
         count = units_of(function, args, kwargs) if kwargs.get("reduction") == "sum" else None
-        kept = value.detach().clone()  # the loop may scale it in place
         whole = self.learner.active or self.closely
-        call = SeenLossCall.of(function, args, kwargs, kept) if whole else None
+        # The loop may scale it in place, so it is read or copied now.
+        at_once = value.is_cpu and value.ndim == 0 and not whole and value.is_floating_point()
+        kept = value.item() if at_once else value.detach().clone()
+        call = SeenLossCall.of(function, args, kwargs, kept) if isinstance(kept, Tensor) and whole else None
         self._calls.add(
             SeenValue(number_of(value), kept, function.__name__, call, count, form=self._form(args, kwargs))
         )
@@ -200,6 +214,7 @@ class LossObserver:
             return
         roots = [roots] if isinstance(roots, Tensor) else [r for r in roots or () if isinstance(r, Tensor)]
         self._reached, self._pending, self.seen, self._usual = False, None, None, None
+        self._roots = [r.grad_fn for r in roots] if self._unheard else []
         self._leave_out_what_belongs_elsewhere()
         if not roots or self._leaves_out_this_model(inputs):
             return
@@ -217,9 +232,13 @@ class LossObserver:
         call as it is. False, and nothing done, for any other."""
         if self._passes or self._frozen or (found := self._calls.just_called(root)) is None:
             return False
-        self._reached, self._pending, self.seen = False, found, None
+        seen = found.seen
+        on_outputs = seen is not None and seen.form is not None and seen.form[0] is not None
+        if self._unheard and not on_outputs:
+            return False
+        self._reached, self._pending, self.seen = on_outputs, found, None
         self._usual = None
-        if (seen := found.seen) is not None and seen.call is seen.count is seen.place is None:
+        if seen is not None and seen.call is seen.count is seen.place is None:
             self._usual = seen.name, seen.form
         self._zeroed, self._version = [], self._parameters[0]._version
         return True
@@ -232,7 +251,8 @@ class LossObserver:
     def backward_done(self) -> None:
         """The backward pass has ended; it counts if it reached this model."""
         pending, self._pending = self._pending, None
-        if pending is None or (self._called and not self._reached):
+        roots, self._roots = self._roots, []
+        if pending is None or (self._called and not (self._reached or self._reaches(roots))):
             return
         self.seen = self._seen_whole(pending) if self.closely else None
         if pending.value is None:
@@ -257,7 +277,7 @@ class LossObserver:
         passes, self._passes = self._passes, []
         if len(passes) == 1 and self._usual is not None and self._usual == self._last and self._is_plain():
             (one,), losses, self._reported = passes, self._reported, []
-            self.descended = [(_unmultiplied(one), one.value)]  # type: ignore[list-item]
+            self.descended = [(_unmultiplied(one), one.value)]
             self._usual = None
             self._places.clear()
             self._calls.clear()
@@ -349,6 +369,11 @@ class LossObserver:
             return None
         return SeenBackward(call, self._forwards[0])
 
+    def _reaches(self, roots: list[Any]) -> bool:
+        """Whether the pass reached this model, as its graph says of outputs that were not listened to."""
+        nodes, sources = [node for node in roots if node is not None], set(self._sources)
+        return bool(nodes) and reaches(nodes, sources, ()) is not False
+
     def _concerns(self, node: Any) -> bool | None:
         return reaches([node], set(self._sources), self._own)
 
@@ -403,12 +428,11 @@ def _call_of(seen: Pass) -> SeenLossCall | None:
     return None if seen.reason or seen.seen is None else seen.seen.call
 
 
-def _unmultiplied(seen: Pass) -> Tensor:
+def _unmultiplied(seen: Pass) -> Any:
     """The loss function's own value, where it is all that the pass descends."""
-    if seen.reason or seen.seen is None or seen.seen.value.numel() != 1:
-        assert seen.value is not None
+    if seen.reason or seen.seen is None or not seen.seen.is_one:
         return seen.value
-    value = seen.seen.value.reshape(())
+    value = seen.seen.mean
     return value if seen.seen.count is None else value / seen.seen.count
 
 

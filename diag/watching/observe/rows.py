@@ -168,7 +168,8 @@ class RowQueue:
         if row.applied or row.clips or row.unscale:
             return False
         loss, values, columns, square = row.losses[0], None, None, 0.0
-        if not isinstance(loss, Tensor) or not loss.is_cpu or row.skipped is not False:
+        at_hand = type(loss) is float or (isinstance(loss, Tensor) and loss.is_cpu)
+        if not at_hand or row.skipped is not False:
             return False
         if row.norms:
             name, columns, values = row.norms[0]
@@ -176,7 +177,7 @@ class RowQueue:
                 return False
             with numpy.errstate(over="ignore"):
                 square = float(values.dot(values))
-        number = loss.item()
+        number = loss if type(loss) is float else loss.item()
         if type(row.learning_rate) is not float or not math.isfinite(number) or not square < FLOAT32_SQUARED:
             return False
         fields = self._fields

@@ -63,7 +63,7 @@ class Origin:
         inputs, outputs, ends = self._inputs, self._outputs, self._ends
         self._inputs, self._outputs, self._ends = (), [], set()
         known = self.found is None and isinstance(roots, Tensor) and roots.is_cpu and roots.numel() == 1
-        if not known or math.isfinite(roots.detach().item()):
+        if not known or math.isfinite(roots.item()):
             return
         fine, inputs = _all_finite(list(_floating(outputs))), list(_floating(inputs))
         operation = "" if fine is False or roots.grad_fn is None else _singular(roots.grad_fn, ends)

@@ -28,8 +28,9 @@ VALUE_CHANGED = "the value of {} is not passed on as it is, nor times a constant
 class SeenValue(NamedTuple):
     """A value that was seen: a loss function's, or one that the model returned (`place`: where in its outputs).
 
-    number: of its graph node. value: on the host and of nothing that is learned from as a number. call: what is kept of it to learn from. count: what a summed loss is divided by to be
-    a mean; None for any other. form: what tells the call from others of the same function.
+    number: of its graph node. value: a float where it is on the host and nothing is learned from it. call: what is
+    kept of it to learn from. count: what a summed loss is divided by to be a mean; None for any other. form: what
+    tells the call from others of the same function.
     """
 
     number: int

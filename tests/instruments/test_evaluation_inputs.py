@@ -49,6 +49,39 @@ def told(inputs, evaluated, model=None):
     return watcher.run.findings()[0].verdict
 
 
+def without_modes(evaluated, batch=32, every=8, train=None):
+    """The verdict on a training of a model without dropout or batch norm, on which eval() is never called."""
+    torch.manual_seed(0)
+    train = torch.randn(ROWS, FEATURES) if train is None else train
+    model = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with diag.watch(model, instruments=["evaluation_inputs"]) as watcher:
+        for step in range(24):
+            rows = torch.randint(0, ROWS, (batch,))
+            optimizer.zero_grad()
+            F.mse_loss(model(train[rows]), train[rows, :1]).backward()
+            optimizer.step()
+            if step % every == every - 1:
+                with torch.no_grad():
+                    model(evaluated)
+    assert not [e.text for e in watcher.run.events if e.kind == "internal error"]
+    return watcher.run.findings()[0].verdict
+
+
+def test_evaluations_of_a_model_without_modes_count_though_eval_is_never_called():
+    filled = torch.randn(ROWS, FEATURES)
+    filled[:, 3] = 0
+    verdict = without_modes(filled)
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and "Feature 3 is the same in all" in verdict.sentence
+    assert without_modes(10 * torch.randn(ROWS, FEATURES)).cause == Cause.HELD_OUT_DIFFERS
+    assert without_modes(torch.randn(ROWS, FEATURES)).level == "ok"
+
+
+@pytest.mark.parametrize("rows, every", [(16, 8), (32, 8), (ROWS, 1)], ids=["acting", "a batch", "each step"])
+def test_calls_in_training_mode_that_may_be_no_evaluation_do_not_count(rows, every):
+    assert without_modes(10 * torch.randn(rows, FEATURES), every=every).level == "not_applicable"
+
+
 def table(seed, n=ROWS):
     """Features of sizes far apart."""
     generator = torch.Generator().manual_seed(seed)
@@ -251,3 +284,32 @@ def test_the_distance_of_each_column_from_that_at_its_place_is_one_of_all_distan
     own, other = (torch.randn(n, 7, generator=rows, dtype=torch.float64) for n in (100, 90))
     every = column_order._distances(own, other)
     assert torch.equal(column_order._distances_at_place(own, other), every.diagonal())
+
+
+def lopsided(seed, *shape):
+    """Light strokes on a dark ground, of rows that differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    strokes = (torch.rand(ROWS, *shape, generator=generator) < 0.2).float()
+    rows = 0.5 + 0.5 * torch.rand(ROWS, *(1 for _ in shape), generator=generator)
+    return strokes * rows + 0.1 * torch.randn(ROWS, *shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 9), (3, 6, 6), (40, 2)], ids=["grey", "colours", "series"])
+def test_inputs_that_are_turned_over_in_evaluation_are_told(shape):
+    train, test = lopsided(0, *shape), lopsided(1, *shape)
+    for reverse in (1 - test, -test):
+        verdict = told(train, reverse)
+        assert verdict.cause == Cause.HELD_OUT_DIFFERS and "turned over" in verdict.sentence
+    standardised_test = (1 - test - train.mean()) / train.std()
+    assert "turned over" in told((train - train.mean()) / train.std(), standardised_test).sentence
+
+
+def test_quiet_on_inputs_that_are_not_turned_over():
+    train, test = lopsided(0, 1, 9, 9), lopsided(1, 1, 9, 9)
+    assert told(train, test).level == "ok"
+    assert told(train, test + 0.3).level == "ok"  # another brightness
+    normal = torch.randn(ROWS, 1, 9, 9)
+    assert told(normal, -torch.randn(ROWS, 1, 9, 9)).level == "ok"  # symmetric: the reverse looks the same
+    one = torch.cat([train, torch.randn(ROWS, 1, 9, 9)], 1)
+    other = torch.cat([1 - test, torch.randn(ROWS, 1, 9, 9)], 1)
+    assert told(one, other).level == "ok"  # one channel alone

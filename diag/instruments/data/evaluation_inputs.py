@@ -45,11 +45,13 @@ class EvaluationInputs(LoopCheck):
 def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     """Whether the inputs that the model is evaluated on are prepared as those it is trained on.
 
-    Of the first floating tensor of calls in training and of calls in evaluation mode without gradients, of examples
-    of one shape: standard deviations of all entries that differ more than twofold, or means that differ by more
+    Of the first floating tensor of calls in training and of calls in evaluation mode without gradients (or in
+    training mode, of a model for which that is the same: those on more rows than training's batches have), of
+    examples of one shape: standard deviations of all entries that differ more than twofold, or means that differ by more
     than two of the larger one, are a warning; so are those of half of the features or more (columns of a table,
     channels, features of sequences) with four and two, and a column of a table that stands at one number in
-    evaluation which training seldom has. Columns of a table in another order are named where each of them is in
+    evaluation which training seldom has. Inputs whose features all have the spread of training's and the opposite
+    skewness (as 1 - x has) are told of. Columns of a table in another order are named where each of them is in
     evaluation what another one is in training, by its distribution and its correlations. Of whole numbers for an
     embedding: ids of evaluation that are mostly new where training's later batches have hardly any new one, or a
     fifth of which are one new id, rows of which the longest is a quarter shorter than nine in ten of training's,
@@ -65,7 +67,7 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
         f"fewer than {ROWS_OF_EVALUATION} floating inputs of one shape were seen in training and in evaluation "
         "mode, and no ids or tokens.",
     )
-    findings = list(_of_order(loop.columns))
+    findings = list(_of_order(loop.columns)) or list(_turned(loop.columns))
     findings = findings or (list(_of_all_entries(loop.inputs)) if both else [])
     findings = findings or list(_of_columns(loop.columns))
     findings += [f for n in loop.novelty for f in _of_tokens(n)]
@@ -97,6 +99,18 @@ def _of_order(c: ColumnFacts) -> Iterator[LoopFinding]:
             f"like the one at their own ({named(places, 3)}).",
             "Take the columns of both tables by one list of names.",
             "The names of the columns, in the order in which the model gets them, agree.",
+        )
+
+
+def _turned(c: ColumnFacts) -> Iterator[LoopFinding]:
+    if c.turned:
+        skew, other = (format_number(number) for number in c.skews)
+        which = f"feature {c.turned[0]}, the first of {len(c.turned):,}," if len(c.turned) > 1 else "the inputs"
+        yield _differs(
+            "Inputs are turned over in evaluation, as by 1 - x or another sign: they spread as in training, and are "
+            f"lopsided to the other side (the skewness of {which} is {other} there and {skew} in training).",
+            "Prepare both alike: dark on light or light on dark, and one sign.",
+            "The two are prepared by the same code, and their sources are each other's reverse.",
         )
 
 

@@ -66,11 +66,16 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
             step=c.differing.first,
         )
     if c.seeded.longest >= THRICE:
+        same, times = loop.full_batch, c.seeded.times + 1
+        follows = (
+            "every step has seen the same batch: rows that are drawn at random are the same ones"
+            if same
+            else "what is drawn at random, as by dropout or augmentation, is the same in every batch"
+        )
         yield LoopFinding(
             Level.WARNING,
-            Cause.AUGMENTATION_REPEATED,
-            f"torch.manual_seed sets the same seed at every step, {c.seeded.times + 1:,} times so far, so "
-            "augmentation and dropout draw the same numbers in every batch.",
+            Cause.BATCH_REPEATED if same else Cause.AUGMENTATION_REPEATED,
+            f"torch.manual_seed sets the same seed at every step, {times:,} times so far, and {follows}.",
             "Set the seed once, before the loop.",
             "Random numbers that differ between two steps.",
             step=c.seeded.first,

@@ -14,7 +14,8 @@ class ColumnFacts:
     example: one of them, with its mean and standard deviation in training (two numbers) and in evaluation (two).
     standing: columns of a table that are one number in all rows of evaluation (`number`) and another one in most of
     training's, which differ. moved: columns of a table that are in evaluation what another is in training, as
-    (place in evaluation, place in training)."""
+    (place in evaluation, place in training). turned: features that are lopsided in training, and as lopsided to the
+    other side in evaluation (skewness of the first of them: `skews`, training's first), where all that vary are."""
 
     rows: int = 0
     evaluated: int = 0
@@ -25,6 +26,8 @@ class ColumnFacts:
     standing: tuple[int, ...] = ()
     number: float = math.nan
     moved: tuple[tuple[int, int], ...] = ()
+    turned: tuple[int, ...] = ()
+    skews: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ class InputFacts:
 
     looked: training calls; rows: examples in them, in all; distinct: rows of a call that differ from one another,
     all calls together; different: rows that differ over all calls. mean, deviation: of all entries of floating
-    inputs, NaN for others. evaluated: calls in evaluation mode without gradients that were looked at,
+    inputs, NaN for others. evaluated: calls without gradients that evaluate it and were looked at,
     evaluated_rows their examples, evaluated_mean and evaluated_deviation of their entries. shape_alike: an example
     had the same shape in both. others_differ: the rows of another tensor of a call do. places: of a data set whose
     rows were looked at, where they are all that the model is given, of_places: how many of these rows differ;

@@ -79,6 +79,15 @@ def test_one_call_is_an_evaluation_where_dropout_alone_depends_on_the_mode():
     assert told(net(True), between=once)[0] == told(net(True), afterwards=once)[0] == ""
 
 
+def test_rows_of_a_small_world_are_an_evaluation_where_they_are_the_same_each_time():
+    """A third of them are rows of training, by chance."""
+    kept, drawn = torch.cat([rows(0)[:25], rows(1)[:40]]), iter(range(2, 9))
+    cause, sentence = told(net(False), between=lambda model: model(kept))
+    assert cause == Cause.EVALUATION_IN_TRAIN_MODE and "before step 13 " in sentence
+    new = told(net(False), between=lambda model: model(torch.cat([rows(0)[:25], rows(next(drawn))[:40]])))
+    assert new[0] == ""
+
+
 @pytest.mark.parametrize(
     ("norm", "between", "afterwards"),
     [

@@ -61,6 +61,12 @@ class MeasuredSteps(Result):
     peak_then: float = measured(
         "the largest loss over the first one, when the largest ratio was first seen", default=math.nan
     )
+    slow_layers: tuple[str, ...] = measured(
+        "of several sides with losses of their own, what the one holds whose steps are next to nothing", default=()
+    )
+    slow_ratio: float = measured("step over weights of that side, the median", default=math.nan)
+    slow_other: float = measured("the same of the fastest side", default=math.nan)
+    slow_farthest: float = measured("how far its steps can move a layer, over its size", default=math.nan)
     steps: NDArray[numpy.int64] = measured("the steps measured", shape="(steps,)")
     ratios: NDArray[numpy.float64] = measured("the median ratio at each", shape="(steps,)")
 

@@ -29,6 +29,7 @@ from diag.instruments.optimization.course import (
 from diag.instruments.optimization.divergence import LOSS_RATIO
 from diag.instruments.optimization.step_size import measuring
 from diag.instruments.optimization.step_size.fields import MEASUREMENTS_IN_A_ROW, SOURCE, MeasuredSteps
+from diag.instruments.optimization.step_size.slow_side import of_the_slow_side, slow_side
 from diag.instruments.optimization.step_size.too_large import too_large
 from diag.instruments.optimization.step_size.too_small import too_small
 from diag.ranges import Threshold
@@ -72,6 +73,7 @@ class StepSize(MeasuredSteps):
     def _verdicts(self) -> Iterator[Verdict | None]:
         yield too_large(self)
         yield too_small(self)
+        yield of_the_slow_side(self)
         if self.unpushed:
             nothing = "The gradient of a typical layer is zero: its steps say nothing of the learning rate."
             yield Verdict(Level.NOT_APPLICABLE, nothing, source=SOURCE)
@@ -118,13 +120,16 @@ def step_size(
     clipping (how much of the gradient is left) and at Adam's epsilon (how large its step per entry is beside the
     learning rate) before it names the learning rate. A training of a hundred steps or more that is over is told,
     too, where it began with weights as drawn and has hardly left them, or where its steps all went one way and
-    not far, with a loss that has hardly fallen. Raises nothing of its own.
+    not far, with a loss that has hardly fallen; and one of several sides with losses of their own, as a generator,
+    whose steps are a hundredth of the other's and would not move a layer by a hundredth of its size if all went
+    one way. Raises nothing of its own.
     """
     (medians, steps, tensors), (largest, at, began) = measuring.of_the_fastest(history, loop, too_high)
     from_nothing = measuring.from_nothing(history, loop)
     travelled, straightness = travel(history)
     first, below, fallen, peak, now = _course(history, loop)
     over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
+    slow = slow_side(history, loop)
     return StepSize(
         travelled=travelled,
         straightness=straightness,
@@ -154,6 +159,10 @@ def step_size(
         unpushed=unpushed(history),
         optimizer=str(history.optimizer.get("kind", "")),
         epsilon=float(history.optimizer.get("eps", math.nan)),
+        slow_layers=slow.layers,
+        slow_ratio=slow.ratio,
+        slow_other=slow.other,
+        slow_farthest=slow.farthest,
         steps=steps[-512:],
         ratios=medians[-512:],
     )

@@ -17,6 +17,7 @@ BLOWN_UP = 100.0  # times the first loss: what such steps have replaced is not w
 GROWN = 30.0  # norm over the first norm
 # Learning rates up to which an optimizer's steps are what they are in most trainings that work with it.
 USUAL_RATES = {"Adam": 3e-3, "AdamW": 3e-3, "NAdam": 3e-3, "RAdam": 3e-3, "RMSprop": 3e-3, "SGD": 0.1}
+OUTGROWN, NOTHING_FALLEN = 3.0, 0.02  # the same, and share of a loss: bounded ones need not rise when they are lost
 COMES_BACK = 100  # steps in which a loss that rose in the first ones may come back
 ADAGRAD, RMSPROP = "Adagrad", "RMSprop"  # they divide by what began at zero: large at first at any rate
 
@@ -59,8 +60,8 @@ def _course(steps: MeasuredSteps) -> str:
 
 
 def _certain(steps: MeasuredSteps) -> bool:
-    """Whether steps are so large that it is enough that some loss was higher than the first, or that they stay
-    so large.
+    """Whether steps are so large that it is enough that some loss was higher than the first, that they stay so
+    large, or that they have made the weights manyfold as large and the loss has not fallen at all in a while.
 
     Layers that start near zero take steps of their own size until they have grown, and the first steps of
     Adagrad and RMSprop are large at any usual rate: there the loss must tell.
@@ -72,7 +73,9 @@ def _certain(steps: MeasuredSteps) -> bool:
     large = large and (enough or steps.optimizer != RMSPROP)
     if steps.below_zero:  # a policy's loss: its size says nothing
         return large and enough and not steps.loss_fell
-    return large and (steps.loss_peak_ratio > ROSE or (enough and steps.ratio > limit))
+    late = steps.num_steps >= COMES_BACK
+    outgrown = late and steps.growth > OUTGROWN and steps.loss_fall < NOTHING_FALLEN and not steps.loss_fell
+    return large and (steps.loss_peak_ratio > ROSE or (enough and steps.ratio > limit) or outgrown)
 
 
 def _may_recover(steps: MeasuredSteps) -> bool:

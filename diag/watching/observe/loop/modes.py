@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from diag.distributed.placement import is_spread
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.network import ModeFacts
-from diag.watching.observe.loop.evaluation.quiet import QuietCalls
+from diag.watching.observe.loop.evaluation.quiet import PlainEvaluations, QuietCalls
 from diag.watching.observe.loop.moment import Counter, Moment
 
 MODULES_A_CALL = 6  # modules at a call where no evaluation came before it
@@ -44,6 +44,7 @@ class Modes:
         self._descended = False
         self._same_inputs = Counter()
         self._quiet, self._alone, self._afterwards = QuietCalls(), Counter(), 0
+        self._plain = PlainEvaluations()
 
     # Training calls
 
@@ -54,6 +55,7 @@ class Modes:
         self._noisy_call = self._descended = False
         self._inputs = _reference(args, kwargs)
         if not self._named:
+            self._plain.training_call(first_tensor(args, kwargs))
             return
         self._quiet.training_call(first_tensor(args, kwargs))
         if self._evaluated_since or self._eval_steps.running or self._calls_all():
@@ -124,6 +126,14 @@ class Modes:
             self._evaluations += 1
             if self._noisy_call:
                 self._hit(self._train_in_evaluation, "train mode in evaluation")
+
+    def evaluates(self, args: Any, kwargs: Any) -> bool:
+        """Whether this call without gradients is one of evaluation: in that mode, or where the mode changes nothing
+        by what it is given."""
+        if self._named or not self._model.training:
+            return not self._model.training
+        given = tensors_in((args, dict(kwargs)))  # what comes with a time, or with another input, may be sampling
+        return self._plain.quiet_call(given[0] if len(given) == 1 else None, self._moment.step)
 
     def _evaluation_over(self) -> None:
         """Training goes on. A batch that was called several times (dropout left on to sample answers), or one of

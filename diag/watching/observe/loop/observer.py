@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,7 +92,6 @@ class LoopObserver:
         self._losses, self._targets = Losses(model, self.moment), Targets(self.moment)
         self._asked, self._inputs = Demands(self.moment), Inputs(self.moment)
         self._tokens, self._stored = Tokens(self.moment), StoredData(self.moment)
-        self._model = weakref.ref(model)
         self._scaling, self._clipping = Scaling(model, self.moment), Clipping(self.moment)
         self._weights = Weights(trained, names, self.moment)
         self._strangers = Strangers(names, self.moment)
@@ -191,9 +189,9 @@ class LoopObserver:
         untrained = self._drawn.evaluated()
         self.evaluated_data.evaluated(args, kwargs, untrained)
         self._modes.quiet_call(args, kwargs, untrained, self._batches.loader_batches == 1)
-        model = self._model()
-        self._inputs.evaluated(args, kwargs, model is None or model.training)
-        self._columns.evaluated(args, kwargs, model is None or model.training)
+        training = not self._modes.evaluates(args, kwargs)
+        self._inputs.evaluated(args, kwargs, training)
+        self._columns.evaluated(args, kwargs, training)
         self._novelty.evaluated(args, kwargs)
         self._chance.evaluated(args, kwargs)
         self._formula.evaluated(args, kwargs, outputs)

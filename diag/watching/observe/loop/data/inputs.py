@@ -66,7 +66,7 @@ class Inputs:
         self._moment.news(("inputs", self._looked), "inputs")
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any], training: bool) -> None:
-        """The model was called without gradients; training: in training mode."""
+        """The model was called without gradients; training: not to evaluate it."""
         if training or self._shape is None or self._evaluated >= EVALUATION_CALLS:
             return
         rows = rows_of(args, kwargs)

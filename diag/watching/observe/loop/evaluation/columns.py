@@ -12,6 +12,7 @@ from torch import Tensor
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.evaluated import ColumnFacts
 from diag.watching.observe.loop.evaluation.column_order import columns_moved
+from diag.watching.observe.loop.evaluation.turned import turned_over
 from diag.watching.observe.loop.modes import is_dense
 from diag.watching.observe.loop.moment import Moment, due
 
@@ -44,7 +45,7 @@ class FeatureColumns:
             self._facts = None
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any], training: bool) -> None:
-        """The model was called without gradients; training: in training mode."""
+        """The model was called without gradients; training: not to evaluate it."""
         if training or not self._training or self._evaluated_calls >= CALLS_EVALUATED:
             return
         rows = rows_by_feature(args, kwargs)
@@ -89,6 +90,7 @@ def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:
     found = apart.nonzero().flatten().tolist()
     one = found[0] if found else -1
     table = training.shape[2] == 1
+    turned, skews = turned_over(training, evaluated)
     standing, number = _standing(own, other) if table else ((), math.nan)
     return ColumnFacts(
         len(training),
@@ -100,6 +102,8 @@ def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:
         standing,
         number,
         columns_moved(own, other) if table else (),
+        turned,
+        skews,
     )
 
 

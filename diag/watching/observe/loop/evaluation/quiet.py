@@ -14,6 +14,7 @@ from torch import Tensor
 QUIET_ROWS, QUIET_NUMBERS = 256, 64  # of a call, and of each of its rows
 QUIET_ROWS_KEPT = 1 << 13
 MAY_COINCIDE = 0.02  # of the rows, with rows of training: equal ones occur
+OFTEN_COINCIDE = 0.5  # the same, of rows of a small world that are given again, all of them, at each evaluation
 ROWS_TO_KNOW = 4  # tell one batch from another
 QUIET_CALLS_KEPT = 1 << 10
 STEPS_SINCE_A_CALL = 5  # an agent that acts, or pseudo-labels for each step, calls more often
@@ -27,6 +28,7 @@ class QuietCalls:
         self._largest = 0
         self._shape: tuple[Any, Any] = ((), None)
         self._last_step = 0
+        self._before: set[bytes] = set()  # the rows of the stretch before
         self._forget()
 
     def _forget(self) -> None:
@@ -66,11 +68,35 @@ class QuietCalls:
         if calls:
             self._last_step = step
         self._forget()
-        trained = len(rows & self._trained) > MAY_COINCIDE * len(rows)
+        again, self._before = bool(rows) and rows == self._before, rows or self._before
+        trained = len(rows & self._trained) > (OFTEN_COINCIDE if again else MAY_COINCIDE) * len(rows)
         if not calls or noisy < calls or not known or trained:
             return 0
         alone = calls == 1 and (size <= self._largest or since < STEPS_SINCE_A_CALL)
         return 0 if alone else calls
+
+
+class PlainEvaluations:
+    """Tells which calls without gradients are evaluations of a model in training mode of which no module acts
+    otherwise in evaluation mode, so that nobody need call eval(): those on more rows than any batch of training has,
+    a few steps at least after the last one, and of one tensor. An agent that acts, and targets that are made for each step, come more
+    often or are smaller."""
+
+    def __init__(self) -> None:
+        self._largest = 0
+        self._step = 0  # nothing is known of what the first steps call
+        self._known = False
+
+    def training_call(self, t: Tensor | None) -> None:
+        """The model was called in training."""
+        if t is not None and t.ndim:
+            self._largest = max(self._largest, len(t))
+
+    def quiet_call(self, t: Tensor | None, step: int) -> bool:
+        """The model was called without gradients after this step: is it such an evaluation?"""
+        if step != self._step:
+            self._known, self._step = step - self._step >= STEPS_SINCE_A_CALL, step
+        return self._known and 0 < self._largest < (0 if t is None or not t.ndim else len(t))
 
 
 def _readable(t: Tensor) -> bool:

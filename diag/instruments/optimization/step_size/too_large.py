@@ -17,7 +17,7 @@ BLOWN_UP = 100.0  # times the first loss: what such steps have replaced is not w
 GROWN = 30.0  # norm over the first norm
 # Learning rates up to which an optimizer's steps are what they are in most trainings that work with it.
 USUAL_RATES = {"Adam": 3e-3, "AdamW": 3e-3, "NAdam": 3e-3, "RAdam": 3e-3, "RMSprop": 3e-3, "SGD": 0.1}
-OUTGROWN, NOTHING_FALLEN = 3.0, 0.02  # the same, and share of a loss: bounded ones need not rise when they are lost
+OUTGROWN, NOTHING_FALLEN = 3.0, 0.02  # the same, and share of the loss: bounded ones need not rise
 COMES_BACK = 100  # steps in which a loss that rose in the first ones may come back
 ADAGRAD, RMSPROP = "Adagrad", "RMSprop"  # they divide by what began at zero: large at first at any rate
 

@@ -47,9 +47,9 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
 
     Of the first floating tensor of calls in training and of calls in evaluation mode without gradients (or in
     training mode, of a model for which that is the same: those on more rows than training's batches have), of
-    examples of one shape: standard deviations of all entries that differ more than twofold, or means that differ by more
-    than two of the larger one, are a warning; so are those of half of the features or more (columns of a table,
-    channels, features of sequences) with four and two, and a column of a table that stands at one number in
+    examples of one shape: standard deviations of all entries that differ more than twofold, or means that differ
+    by more than two of the larger one, are a warning; so are those of half of the features or more (columns of a
+    table, channels, features of sequences) with four and two, and a column of a table that stands at one number in
     evaluation which training seldom has. Inputs whose features all have the spread of training's and the opposite
     skewness (as 1 - x has) are told of. Columns of a table in another order are named where each of them is in
     evaluation what another one is in training, by its distribution and its correlations. Of whole numbers for an

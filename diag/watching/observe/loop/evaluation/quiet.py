@@ -78,8 +78,8 @@ class QuietCalls:
 
 class PlainEvaluations:
     """Tells which calls without gradients are evaluations of a model in training mode of which no module acts
-    otherwise in evaluation mode, so that nobody need call eval(): those of one tensor on more rows than any batch of
-    training has, a few steps at least after the last one. An agent that acts, and targets that are made for each
+    otherwise in evaluation mode, so that nobody need call eval(): those of one tensor on more rows than any batch
+    of training has, a few steps at least after the last one. An agent that acts, and targets that are made for each
     step, come more often or are smaller."""
 
     def __init__(self) -> None:

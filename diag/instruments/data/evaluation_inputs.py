@@ -107,8 +107,8 @@ def _turned(c: ColumnFacts) -> Iterator[LoopFinding]:
         skew, other = (format_number(number) for number in c.skews)
         which = f"feature {c.turned[0]}, the first of {len(c.turned):,}," if len(c.turned) > 1 else "the inputs"
         yield _differs(
-            "Inputs are turned over in evaluation, as by 1 - x or another sign: they spread as in training, and are "
-            f"lopsided to the other side (the skewness of {which} is {other} there and {skew} in training).",
+            "Inputs are turned over in evaluation, as by 1 - x or another sign: they spread as in training, and "
+            f"are lopsided to the other side (the skewness of {which} is {other} there and {skew} in training).",
             "Prepare both alike: dark on light or light on dark, and one sign.",
             "The two are prepared by the same code, and their sources are each other's reverse.",
         )

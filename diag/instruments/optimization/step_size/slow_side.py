@@ -61,8 +61,8 @@ def of_the_slow_side(steps: MeasuredSteps) -> Verdict | None:
     return graded(SOURCE, steps.slow_farthest, FARTHEST)(
         Level.WARNING,
         f"One of the optimizers hardly moves what it holds ({named(steps.slow_layers, 3)}): a step changes a "
-        f"typical layer there by {format_number(steps.slow_ratio)} of its size ({at_most}), and one of the other side by "
-        f"{format_number(steps.slow_other)}.",
+        f"typical layer there by {format_number(steps.slow_ratio)} of its size ({at_most}), and one of "
+        f"the other side by {format_number(steps.slow_other)}.",
         advice="Raise this optimizer's learning rate; look at its schedule, and at what its loss is multiplied by.",
         refutation="At a learning rate like that of the other side it learns no more.",
         cause=Cause.LEARNING_RATE_TOO_LOW,

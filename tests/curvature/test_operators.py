@@ -39,11 +39,19 @@ def problem(request):
     return model, loss_fn, batches, cases.Reference(model, loss_fn, batches)
 
 
-def test_hessian_is_the_dense_one(problem):
+@pytest.fixture(scope="module")
+def whole_matrix(problem):
+    """The operator of a problem, and the matrix of its float32 products."""
+    model, loss_fn, batches, _ = problem
+    operator = Hessian(model, loss_fn, batches)
+    return operator, operator.to_dense()
+
+
+def test_hessian_is_the_dense_one(problem, whole_matrix):
     model, loss_fn, batches, reference = problem
     truth = reference.hessian()
-    operator = Hessian(model, loss_fn, batches)
-    assert cases.relative(operator.to_dense(), truth) < FLOAT32
+    operator, dense = whole_matrix
+    assert cases.relative(dense, truth) < FLOAT32
     assert operator.self_test.method == "double backward" and operator.self_test.level == "ok"
     assert operator.self_test.precision == "float64"
     exact = Hessian(model, loss_fn, batches, precision="float64", checked=operator.self_test)
@@ -74,10 +82,8 @@ def test_micro_batches_and_rebuilt_graphs_change_nothing(problem):
     assert cases.relative(rebuilt.matvecs(pair), whole.matvecs(pair)) < FLOAT64
 
 
-def test_layers_are_blocks_of_the_matrix(problem):
-    model, loss_fn, batches, _ = problem
-    operator = Hessian(model, loss_fn, batches)
-    dense = operator.to_dense()
+def test_layers_are_blocks_of_the_matrix(problem, whole_matrix):
+    model, (operator, dense) = problem[0], whole_matrix
     ends = [part.stop for part in operator.layers.values()]
     assert [0, *ends[:-1]] == [part.start for part in operator.layers.values()] and ends[-1] == operator.size
     name, part = max(operator.layers.items(), key=lambda item: item[1].stop - item[1].start)
@@ -279,13 +285,12 @@ def test_the_operator_stays_at_one_point():
 
 def test_works_under_no_grad_and_inference_mode():
     model, loss_fn, batches = cases.build(cases.mlp)
-    truth = Hessian(model, loss_fn, batches).to_dense()
+    truth = {kind: kind(model, loss_fn, batches).to_dense() for kind in (Hessian, GaussNewton)}
     for context in (torch.no_grad, torch.inference_mode):
         for kind, memory in ((Hessian, None), (Hessian, 30_000), (GaussNewton, None)):
             with context():
                 dense = kind(model, loss_fn, batches, memory=memory).to_dense()
-            expected = truth if kind is Hessian else GaussNewton(model, loss_fn, batches).to_dense()
-            assert torch.equal(dense, expected) or cases.relative(dense, expected) < FLOAT32
+            assert torch.equal(dense, truth[kind]) or cases.relative(dense, truth[kind]) < FLOAT32
 
 
 def test_snapshot_quantities():

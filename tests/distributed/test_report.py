@@ -9,7 +9,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch import nn
+
+from diag.cli import main
 
 BUILD = """
 import torch
@@ -32,23 +35,28 @@ NAMES = ("hessian_spectrum", "softmax_collapse", "neural_collapse")
 PER_RANK = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def numbers_of(folder, starter, output, names=NAMES, checkpoint="model.pt", build="build"):
-    chosen = [part for name in names for part in ("--instrument", name)]
-    command = [
-        *starter,
-        "-m",
-        "diag",
-        "report",
-        folder / checkpoint,
-        "--build",
-        f"{folder}/task.py:{build}",
-        *chosen,
-    ]
+def arguments(folder, output, checkpoint="model.pt", build="build"):
+    chosen = [part for name in NAMES for part in ("--instrument", name)]
+    given = ["report", folder / checkpoint, "--build", f"{folder}/task.py:{build}", *chosen, "-o", folder / output]
+    return [str(part) for part in given]
+
+
+def read(folder, output):
+    return json.loads((folder / output).with_suffix(".json").read_text())
+
+
+def of_all_ranks(folder, output, **given):
+    command = [*PER_RANK, "-m", "diag", *arguments(folder, output, **given)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, "-o", folder / output], capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    document = json.loads((folder / output).with_suffix(".json").read_text())
-    return document, done
+    return read(folder, output), done
+
+
+def of_one_process(folder, output):
+    done = CliRunner().invoke(main, arguments(folder, output))
+    assert done.exit_code == 0, done.output
+    return read(folder, output)
 
 
 def found(document):
@@ -74,8 +82,8 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_one_page_where_no_rank_has_all_weights(folder):
     """Each rank loads its parts of a folder of torch.distributed.checkpoint; what needs all weights is skipped."""
-    together, done = numbers_of(folder, PER_RANK, "layers.html", checkpoint="dcp", build="by_layer")
-    alone, _ = numbers_of(folder, [sys.executable], "one.html")
+    together, done = of_all_ranks(folder, "layers.html", checkpoint="dcp", build="by_layer")
+    alone = of_one_process(folder, "one.html")
     (ours, values), (theirs, expected) = found(together), found(alone)
     assert ours.pop("neural-collapse")[0] == "skipped" and theirs.pop("neural-collapse")
     assert "as no rank holds all of them" in done.stdout
@@ -84,8 +92,8 @@ def test_one_page_where_no_rank_has_all_weights(folder):
 
 def test_one_page_of_all_ranks_with_the_numbers_of_one_process(folder):
     """Sums over shares differ from those over all rows by float64 rounding."""
-    together, done = numbers_of(folder, PER_RANK, "ranks.html")
-    alone, _ = numbers_of(folder, [sys.executable], "alone.html")
+    together, done = of_all_ranks(folder, "ranks.html")
+    alone = of_one_process(folder, "alone.html")
     assert done.stdout.count("Report:") == 1
     (ours, values), (theirs, expected) = found(together), found(alone)
     assert len(ours) >= len(NAMES) and ours == theirs
@@ -94,11 +102,11 @@ def test_one_page_of_all_ranks_with_the_numbers_of_one_process(folder):
 
 def test_a_rank_ends_with_the_status_of_its_command_and_all_that_it_said(tmp_path):
     """A rank does not wait until the interpreter is torn down; nothing that it printed may be lost by that."""
-    alone = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    one_of_two = alone | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    for arguments, status in ((["report", tmp_path / "absent.pt"], 2), (["list"], 0)):
-        command = [sys.executable, "-m", "diag", *arguments]
-        said = [subprocess.run(command, capture_output=True, text=True, env=env) for env in (alone, one_of_two)]
-        assert [s.returncode for s in said] == [status, status]
-        assert said[0].stdout == said[1].stdout and said[0].stderr == said[1].stderr
-        assert said[0].stdout or said[0].stderr
+    one_of_two = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | one_of_two
+    for given, status in ((["report", str(tmp_path / "absent.pt")], 2), (["list"], 0)):
+        alone = CliRunner().invoke(main, given, prog_name="python -m diag")
+        rank = subprocess.run([sys.executable, "-m", "diag", *given], capture_output=True, text=True, env=env)
+        assert rank.returncode == alone.exit_code == status
+        assert rank.stdout == alone.stdout and rank.stderr == alone.stderr
+        assert rank.stdout or rank.stderr

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from calibration import runner, tables  # noqa: E402
 from calibration.kinds import faults, healthy_kinds  # noqa: E402
+from calibration.main import main  # noqa: E402
 from calibration.program import Program, change  # noqa: E402
 from calibration.programs import programs  # noqa: E402
 from calibration.runner import Results  # noqa: E402
@@ -247,7 +249,7 @@ def test_a_run_that_hangs_or_dies_is_a_row_too(monkeypatch):
     assert [r["error"] for r in rows] == ["It ran past its deadline.", "Its process ended without a row."]
 
 
-def test_the_short_cut_runs_from_the_door_and_resumes(tmp_path):
+def test_the_short_cut_runs_from_the_door_and_resumes(tmp_path, monkeypatch):
     door = [sys.executable, ROOT / "scripts" / "calibrate", "--short", "--results", tmp_path]
     done = subprocess.run(door, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -255,11 +257,13 @@ def test_the_short_cut_runs_from_the_door_and_resumes(tmp_path):
     assert len(rows) == len(short_cases()) and not [r for r in rows if "error" in r]
     assert all(r["steps"] > 0 and r["losses"] and r["versions"]["torch"] for r in rows)
     assert "Kinds of fault" in done.stdout and "learning_rate_high" in done.stdout
-    again = subprocess.run([*door, "--resume"], capture_output=True, text=True, timeout=100)
-    assert again.returncode == 0 and "/mlp/0 " not in again.stdout
 
-    wrong = subprocess.run([*door[:2], "--only", "nonsense"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "No case matches 'nonsense'; --list names them all." in wrong.stderr
+    monkeypatch.setattr(runner, "warm", lambda: None)
+    again = CliRunner().invoke(main, ["--short", "--results", str(tmp_path), "--resume"])
+    assert again.exit_code == 0 and "Kinds of fault" in again.output and "/mlp/0 " not in again.output
+
+    wrong = CliRunner().invoke(main, ["--only", "nonsense"])
+    assert wrong.exit_code == 2 and "No case matches 'nonsense'; --list names them all." in wrong.output
 
 
 def test_published_rows_are_read_and_later_ones_replace_them(tmp_path):

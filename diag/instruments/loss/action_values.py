@@ -18,7 +18,7 @@ from diag.snapshot.loop.facts import Loop
 LOOKS_OF_ACTIONS, STEPS_OF_ACTIONS = 5, 50
 STEPS_OF_A_TARGET = 200  # of a whole training, in which a target network should have been synchronised
 ABOVE_ONE = 1.0005  # a discount that is more than one beyond rounding
-SETTLED, SETTLED_NUMBERS = 0.8, 3  # share of rows, and how many numbers their targets are
+SETTLED_SHARE, SETTLED_NUMBERS = 0.8, 3  # share of rows, and how many numbers their targets are
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -134,7 +134,7 @@ def _growing(traced: list[ActionLook]) -> LoopFinding:
 def _settled(looks: list[ActionLook]) -> Iterator[LoopFinding]:
     numbers = sorted({number for look in looks for number in look.settled_at})
     few = 0 < len(numbers) <= SETTLED_NUMBERS
-    if len(looks) < LOOKS_OF_ACTIONS or not few or any(look.settled < SETTLED for look in looks):
+    if len(looks) < LOOKS_OF_ACTIONS or not few or any(look.settled < SETTLED_SHARE for look in looks):
         return
     share = min(look.settled for look in looks)
     which = "the same number" if len(numbers) == 1 else f"one of {len(numbers)} numbers"

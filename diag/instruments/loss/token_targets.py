@@ -14,7 +14,7 @@ from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.places import HiddenTokenFacts
 
 BATCHES_ALIGNED, ONE_AHEAD = 2, 1
-FEWEST_ASKED, FEWEST_KINDS = 300, 6  # places that count, and different tokens that are asked for at them
+FEWEST_ASKED, FEWEST_KINDS_OF_TOKENS = 300, 6  # places that count, and different tokens that are asked for at them
 NEARLY_ALL_COPIED = 0.85  # of the places that count; one in ten of BERT's masked ones keeps its token
 HARDLY_ANY_HIDDEN, PLACES_TO_TELL, HIDDEN_TO_TELL = 0.03, 2000, 8  # of all places; places; hidden ones
 MASK_ELSEWHERE, MASK_HERE = 0.75, 0.4  # shares of the mask beside the places that count, and of a token at them
@@ -104,7 +104,7 @@ def _findings(loop: Loop) -> Iterator[LoopFinding]:
 
 
 def _of_hidden(h: HiddenTokenFacts) -> Iterator[LoopFinding]:
-    if h.chosen >= FEWEST_ASKED and h.asked >= FEWEST_KINDS and h.copied >= NEARLY_ALL_COPIED * h.chosen:
+    if h.chosen >= FEWEST_ASKED and h.asked >= FEWEST_KINDS_OF_TOKENS and h.copied >= NEARLY_ALL_COPIED * h.chosen:
         yield _found(
             Cause.ANSWER_IN_INPUT,
             f"At {format_share(h.copied / h.chosen)} of the {h.chosen:,} places that count the input holds the "
@@ -129,7 +129,7 @@ def _of_hidden(h: HiddenTokenFacts) -> Iterator[LoopFinding]:
 
 
 def _masks_are_beside(h: HiddenTokenFacts) -> bool:
-    enough = h.chosen >= FEWEST_ASKED and h.asked >= FEWEST_KINDS
+    enough = h.chosen >= FEWEST_ASKED and h.asked >= FEWEST_KINDS_OF_TOKENS
     beside = h.mask >= 0 and h.at_mask >= MASK_ELSEWHERE and h.at_place <= MASK_HERE
     return enough and beside and h.mask_asked >= MASKS_ASKED
 
@@ -147,7 +147,7 @@ def _of_all_places(h: HiddenTokenFacts) -> Iterator[LoopFinding]:
             "Count the hidden places only (label -100 at the others), and hide more of them: BERT hides 15 %.",
             "A model that is meant to give back its input.",
         )
-    elif h.filled >= MOSTLY_FILL and h.asked_at_mask >= FEWEST_KINDS and _fills(h):
+    elif h.filled >= MOSTLY_FILL and h.asked_at_mask >= FEWEST_KINDS_OF_TOKENS and _fills(h):
         yield _found(
             Cause.IGNORED_LABELS_COUNTED,
             f"Places that nothing is asked of count in the loss: at {format_share(h.filled)} of all the target is "

@@ -129,7 +129,6 @@ def step_size(
     travelled, straightness = travel(history)
     first, below, fallen, peak, now = _course(history, loop)
     over = loop is not None and loop.ended and not loop.sides and bool(history.loss_finite.all())
-    slow = slow_side(history, loop)
     return StepSize(
         travelled=travelled,
         straightness=straightness,
@@ -159,12 +158,9 @@ def step_size(
         unpushed=unpushed(history),
         optimizer=str(history.optimizer.get("kind", "")),
         epsilon=float(history.optimizer.get("eps", math.nan)),
-        slow_layers=slow.layers,
-        slow_ratio=slow.ratio,
-        slow_other=slow.other,
-        slow_farthest=slow.farthest,
         steps=steps[-512:],
         ratios=medians[-512:],
+        **vars(slow_side(history, loop)),
     )
 
 

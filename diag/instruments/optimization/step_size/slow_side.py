@@ -18,7 +18,7 @@ from diag.result import Level, Verdict
 from diag.snapshot.history import History
 from diag.snapshot.loop.facts import Loop
 
-FARTHEST, OF_THE_OTHER = 0.01, 0.01  # of the weights, by all steps together; times the other side's steps
+FARTHEST_MOVED, OF_THE_OTHER = 0.01, 0.01  # of the weights, by all steps together; times the other side's steps
 STEPS_OF_SIDES = 100  # of a training that is over
 
 
@@ -26,13 +26,15 @@ STEPS_OF_SIDES = 100  # of a training that is over
 class SlowSide:
     """The side of a training with several losses whose steps are the smallest, where they are next to nothing.
 
-    layers: its tensors; ratio: step over weights, the median over tensors and steps, `other` that of the fastest
-    side. farthest: how far all steps together can have moved a layer, over its size."""
+    Named as in the result. slow_layers: its tensors; slow_ratio: step over weights, the median over tensors and
+    steps, `slow_other` that of the fastest side. slow_farthest: how far all steps together can have moved a layer,
+    over its size.
+    """
 
-    layers: tuple[str, ...] = ()
-    ratio: float = math.nan
-    other: float = math.nan
-    farthest: float = math.nan
+    slow_layers: tuple[str, ...] = ()
+    slow_ratio: float = math.nan
+    slow_other: float = math.nan
+    slow_farthest: float = math.nan
 
 
 def slow_side(history: History, loop: Loop | None) -> SlowSide:
@@ -47,7 +49,7 @@ def slow_side(history: History, loop: Loop | None) -> SlowSide:
         return SlowSide()
     (ratio, side), (other, _) = min(typical), max(typical)
     farthest = ratio * int(history.total_steps)
-    slow = farthest < FARTHEST and ratio < OF_THE_OTHER * other
+    slow = farthest < FARTHEST_MOVED and ratio < OF_THE_OTHER * other
     return SlowSide(side, ratio, other, farthest) if slow else SlowSide()
 
 
@@ -58,7 +60,7 @@ def of_the_slow_side(steps: MeasuredSteps) -> Verdict | None:
     at_most = (
         f"even all in one direction, {steps.num_steps:,} of them move it by {format_share(steps.slow_farthest)}"
     )
-    return graded(SOURCE, steps.slow_farthest, FARTHEST)(
+    return graded(SOURCE, steps.slow_farthest, FARTHEST_MOVED)(
         Level.WARNING,
         f"One of the optimizers hardly moves what it holds ({named(steps.slow_layers, 3)}): a step changes a "
         f"typical layer there by {format_number(steps.slow_ratio)} of its size ({at_most}), and one of "

@@ -132,8 +132,8 @@ class Modes:
         by what it is given."""
         if self._named or not self._model.training:
             return not self._model.training
-        given = tensors_in((args, dict(kwargs)))  # what comes with a time, or with another input, may be sampling
-        return self._plain.quiet_call(given[0] if len(given) == 1 else None, self._moment.step)
+        tensors = tensors_in((args, dict(kwargs)))  # what comes with a time, or with another input, may be sampling
+        return self._plain.quiet_call(tensors[0] if len(tensors) == 1 else None, self._moment.step)
 
     def _evaluation_over(self) -> None:
         """Training goes on. A batch that was called several times (dropout left on to sample answers), or one of

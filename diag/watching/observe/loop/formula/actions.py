@@ -14,7 +14,7 @@ from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, n
 from diag.snapshot.loop.arithmetic import ActionFacts, ActionLook
 from diag.watching.observe.loop.formula.next_values import (
     MODEL,
-    ROWS_COMPARED,
+    NEXT_ROWS_COMPARED,
     NextValues,
     discount_in,
     settled_in,
@@ -87,7 +87,7 @@ class Actions(Reader[ActionLook]):
         following = values_of_next([*self._next.of(picked.shape), *others]) if targets is not None else []
         if targets is None or not following:
             return {}
-        numbers = targets.double()[:ROWS_COMPARED].numpy()
+        numbers = targets.double()[:NEXT_ROWS_COMPARED].numpy()
         discounts = ((discount_in(numbers, values), number) for number, values in following)
         discount, copy = next((d for d in discounts if not math.isnan(d[0])), (math.nan, MODEL))
         settled, at = settled_in(numbers, following[0][1])

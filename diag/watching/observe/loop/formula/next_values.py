@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from diag.snapshot.batch import tensors_in
 from diag.watching.hooks.model_hook import ForwardHook, compiled_wrappers
 
-CALLS_KEPT = 4  # of each network, the last ones
-ROWS_COMPARED = 128
+NEXT_CALLS_KEPT = 4  # of each network, the last ones
+NEXT_ROWS_COMPARED = 128
 LEAST_ROWS = 5  # with different values, that lie on one line
-LEAST_DISCOUNT, WIDTH_OF_SLOPES, ROUNDING = 0.05, 1e-3, 1e-5
-FEW_NUMBERS, LEAST_VALUES = 3, 3  # that targets take, and values of next states to one such number
+LEAST_DISCOUNT, WIDTH_OF_SLOPES, ROUNDING_OF_NEXT = 0.05, 1e-3, 1e-5
+FEW_VALUES, LEAST_VALUES = 3, 3  # that targets take, and values of next states to one such number
 
-Numbers = NDArray[numpy.float64]
+Float64s = NDArray[numpy.float64]
 MODEL = -1  # the number of the model itself, among its copies
 
 
@@ -36,7 +36,7 @@ class NextValues:
 
     def __init__(self, copies: Callable[[], Sequence[nn.Module | None]]) -> None:
         self._copies = copies
-        self._calls: deque[tuple[int, Tensor]] = deque(maxlen=4 * CALLS_KEPT)
+        self._calls: deque[tuple[int, Tensor]] = deque(maxlen=4 * NEXT_CALLS_KEPT)
         self._handles: dict[int, Any] = {}
 
     def follow(self) -> None:
@@ -82,10 +82,10 @@ def _untold(error: Exception) -> None:
     """What could not be kept of a call is not kept."""
 
 
-def values_of_next(calls: list[tuple[int, Tensor]]) -> list[tuple[int, Numbers]]:
+def values_of_next(calls: list[tuple[int, Tensor]]) -> list[tuple[int, Float64s]]:
     """What each call gives for the next state of each row: the largest value, or that of the action which another
     call finds the best (double Q-learning); those of copies first."""
-    found = list[tuple[int, Numbers]]()
+    found = list[tuple[int, Float64s]]()
     with torch.no_grad():
         for number, values in sorted(calls, key=lambda call: call[0], reverse=True):
             found.append((number, _numbers(values.amax(1))))
@@ -95,11 +95,11 @@ def values_of_next(calls: list[tuple[int, Tensor]]) -> list[tuple[int, Numbers]]
     return found
 
 
-def _numbers(t: Tensor) -> Numbers:
-    return numpy.asarray(t.detach().reshape(-1)[:ROWS_COMPARED].double().numpy())
+def _numbers(t: Tensor) -> Float64s:
+    return numpy.asarray(t.detach().reshape(-1)[:NEXT_ROWS_COMPARED].double().numpy())
 
 
-def discount_in(targets: Numbers, values: Numbers) -> float:
+def discount_in(targets: Float64s, values: Float64s) -> float:
     """What the values are multiplied by in the targets, where that is the same in many rows: the slope of a line on
     which rows of at least five different values lie. NaN where there is no such line.
 
@@ -122,17 +122,21 @@ def discount_in(targets: Numbers, values: Numbers) -> float:
     ends = numpy.searchsorted(slopes, slopes * (1 + WIDTH_OF_SLOPES), "right")
     first = int((ends - numpy.arange(len(slopes))).argmax())
     slope = float(numpy.median(slopes[first : ends[first]]))
-    return slope if _on_one_line(v, y - slope * v, ROUNDING * scale * max(1.0, slope)) >= LEAST_ROWS else math.nan
+    return (
+        slope
+        if _on_one_line(v, y - slope * v, ROUNDING_OF_NEXT * scale * max(1.0, slope)) >= LEAST_ROWS
+        else math.nan
+    )
 
 
-def _on_one_line(values: Numbers, rest: Numbers, rounding: float) -> int:
+def _on_one_line(values: Float64s, rest: Float64s, rounding: float) -> int:
     """Of how many different values the rest is the same number."""
     order = numpy.argsort(rest)
     ends = numpy.searchsorted(rest[order], rest[order] + 4 * rounding, "right")
     return max(len(numpy.unique(values[order[i:end]])) for i, end in enumerate(ends))
 
 
-def settled_in(targets: Numbers, values: Numbers) -> tuple[float, tuple[float, ...]]:
+def settled_in(targets: Float64s, values: Float64s) -> tuple[float, tuple[float, ...]]:
     """The share of rows whose target is one of a few numbers, each in rows of several different values; and these
     numbers.
 
@@ -140,6 +144,6 @@ def settled_in(targets: Numbers, values: Numbers) -> tuple[float, tuple[float, .
     (0.75, (-1.0,))
     """
     numbers, which, counts = numpy.unique(targets, return_inverse=True, return_counts=True)
-    most = [int(k) for k in numpy.argsort(-counts)[:FEW_NUMBERS]]
+    most = [int(k) for k in numpy.argsort(-counts)[:FEW_VALUES]]
     kept = [k for k in most if len(numpy.unique(values[which == k])) >= LEAST_VALUES]
     return float(sum(counts[k] for k in kept) / len(targets)), tuple(sorted(float(numbers[k]) for k in kept))

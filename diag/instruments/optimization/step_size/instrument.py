@@ -134,7 +134,6 @@ def step_size(
         straightness=straightness,
         over=over,
         from_scratch=over and loop is not None and loop.from_scratch,
-        rate=float(numpy.nan_to_num(history.learning_rate).max(initial=0.0)),
         first_loss=first,
         largest_ratio=largest,
         largest_at=at,
@@ -156,12 +155,20 @@ def step_size(
         growth=growth(history, int(history.total_steps)),
         from_nothing=from_nothing,
         unpushed=unpushed(history),
-        optimizer=str(history.optimizer.get("kind", "")),
-        epsilon=float(history.optimizer.get("eps", math.nan)),
         steps=steps[-512:],
         ratios=medians[-512:],
         **vars(slow_side(history, loop)),
+        **_of_the_optimizer(history),
     )
+
+
+def _of_the_optimizer(history: History) -> dict[str, Any]:
+    """Its kind, Adam's epsilon and the highest learning rate, as the result names them."""
+    return {
+        "optimizer": str(history.optimizer.get("kind", "")),
+        "epsilon": float(history.optimizer.get("eps", math.nan)),
+        "rate": float(numpy.nan_to_num(history.learning_rate).max(initial=0.0)),
+    }
 
 
 def _course(history: History, loop: Loop | None) -> tuple[float, bool, float, float, float]:

@@ -16,7 +16,8 @@ import diag
 from diag.instruments.causes import Cause
 from diag.instruments.loss.output_range import lowest_loss
 from diag.snapshot.loop.asked import AskedFacts
-from diag.watching.observe.loop.data.asked import affine_features, bounded_by
+from diag.watching.observe.loop.data.asked import affine_features
+from diag.watching.observe.loop.data.bounds import bounded_by
 
 WATCHED = ["target_values", "output_range", "constant_answer"]
 
@@ -130,6 +131,28 @@ def test_a_tanh_before_larger_targets_is_told():
     assert verdict.level == "alarm" and "between -1 and 1" in verdict.sentence
 
 
+class Times(nn.Module):
+    """A tanh times a number."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x.tanh()
+
+
+def test_a_tanh_times_a_number_is_told_where_the_targets_lie_beyond_that():
+    found, _ = told(table(), table()[:, 0], F.mse_loss, end=Times(0.1))
+    assert "ends in tanh times 0.1, which keeps its outputs between -0.1 and 0.1" in (
+        found[Cause.OUTPUT_RANGE].sentence
+    )
+    for end, y in ((Times(9), 2 * table()[:, 0]), (Times(-9), 2 * table()[:, 0])):
+        assert Cause.OUTPUT_RANGE not in told(table(), y, F.mse_loss, end=end)[0]
+    capped, _ = told(table(), table()[:, :3].argmax(1), F.cross_entropy, end=Times(30), out=3)
+    assert Cause.OUTPUT_RANGE not in capped
+
+
 @pytest.mark.parametrize(
     ("loss", "end", "out", "level"),
     [
@@ -173,7 +196,10 @@ def test_outputs_that_reach_their_targets_are_fine():
         found, _ = told(table(), y, F.mse_loss, end=end)
         assert Cause.OUTPUT_RANGE not in found
     z = torch.randn(4, 3, requires_grad=True)
-    assert bounded_by(30 * torch.tanh(z / 30))[0] == ""  # soft capping: the range is not that of the tanh
+    assert bounded_by(30 * torch.tanh(z / 30)) == ("tanh times 30", -30.0, 30.0)  # soft capping
+    assert bounded_by(-(z.relu() / 2)) == ("relu times -0.5", -math.inf, -0.0)
+    for unknown in (torch.tanh(z) + 5, 2 / torch.sigmoid(z), torch.tanh(z) * z, torch.tanh(z) * torch.rand(4, 3)):
+        assert bounded_by(unknown)[0] == ""
     assert bounded_by(torch.tanh(z).reshape(2, 6)) == ("tanh", -1.0, 1.0)
 
 

@@ -4,6 +4,7 @@ and with which axes, what evaluations give, and the source of the model's classe
 __all__ = [
     "asked",
     "axes",
+    "bounds",
     "contents",
     "drawn",
     "evaluated",

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.snapshot.autograd_graph import TAKING, kind_of, made_last, parents_of
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.asked import AskedFacts
 from diag.snapshot.loop.data import OF_BINARY_TARGETS, OF_LOG_PROBABILITIES
 from diag.snapshot.objective.comparison import IGNORED_LABEL
 from diag.snapshot.objective.loss_spy import input_and_target
+from diag.watching.observe.loop.data.bounds import UNBOUNDED, bounded_by
 from diag.watching.observe.loop.data.padding import before_flattening
 from diag.watching.observe.loop.data.targets import OF_NUMBERS
 from diag.watching.observe.loop.modes import is_dense
@@ -34,17 +34,6 @@ TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # numbers of a call that are re
 FEWEST_ROWS = 8
 FIRST_TARGETS = 3  # calls
 ROUNDING_OF_CORRELATION = 1e-6  # how far from one it may be to be told from none
-UNBOUNDED = ("", -math.inf, math.inf)
-RANGES = {
-    "Relu": ("relu", 0.0, math.inf),
-    "Tanh": ("tanh", -1.0, 1.0),
-    "Sigmoid": ("sigmoid", 0.0, 1.0),
-    "Softmax": ("softmax", 0.0, 1.0),
-    "Softplus": ("softplus", 0.0, math.inf),
-}
-KEEPING_RANGE = (*TAKING, "Gather")
-FARTHEST_FUNCTION = 24  # nodes
-CLAMPS = {"Clamp": ("_saved_min", "_saved_max"), "Hardtanh": ("_saved_min_val", "_saved_max_val")}
 
 
 @dataclass
@@ -180,26 +169,6 @@ def same_numbers(prediction: Tensor, target: Tensor) -> bool:
         return False
     on_host = prediction.is_cpu and target.is_cpu
     return not on_host or bool((prediction.reshape(-1) == target.reshape(-1)).all())
-
-
-def bounded_by(prediction: Tensor) -> tuple[str, float, float]:
-    """The function that made the tensor, if it holds it within a range, and the range."""
-    return range_of(prediction.grad_fn)
-
-
-def range_of(node: Any) -> tuple[str, float, float]:
-    """The same of what a node of the graph gave."""
-    node = made_last(node, FARTHEST_FUNCTION, KEEPING_RANGE)
-    name = kind_of(node) if node is not None else ""
-    if name in RANGES:
-        return RANGES[name]
-    if name not in CLAMPS:
-        return UNBOUNDED
-    low, high = (getattr(node, saved, None) for saved in CLAMPS[name])
-    before = made_last(next(iter(parents_of(node)), None))  # a sigmoid, say, that a clamp keeps from zero and one
-    of = RANGES.get(kind_of(before), ("",))[0] if before is not None else ""
-    lower = float(low) if isinstance(low, (int, float)) else -math.inf
-    return of or "clamp", lower, float(high) if isinstance(high, (int, float)) else math.inf
 
 
 def affine_features(inputs: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from diag.snapshot.autograd_graph import PASSING_ON, kind_of, made_last
 from diag.snapshot.loop.arithmetic import Odd
 from diag.watching.observe.loop.answers.compared import compared_by
-from diag.watching.observe.loop.data.asked import RANGES, UNBOUNDED, range_of
+from diag.watching.observe.loop.data.bounds import RANGES, UNBOUNDED, range_of
 from diag.watching.observe.loop.formula.chains import (
     TOGETHER,
     OddFound,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import kind_of, made_last
 from diag.snapshot.loop.arithmetic import DomainFacts
-from diag.watching.observe.loop.data.asked import bounded_by
+from diag.watching.observe.loop.data.bounds import bounded_by
 from diag.watching.observe.loop.losses import expands_both, made_by
 from diag.watching.observe.loop.moment import Moment, due
 

@@ -103,7 +103,7 @@ def test_a_game_is_fine(judging, wants):
 @pytest.mark.parametrize("swap", [False, True])
 def test_a_generator_that_makes_one_point_is_told_from_the_data(swap):
     findings = told(steps=60, dead=True, swap=swap).findings
-    assert [f.verdict.cause for f in findings] == ([Cause.NETWORKS_COOPERATE] if swap else [])
+    assert [f.verdict.cause for f in findings] == [Cause.NETWORKS_COOPERATE if swap else Cause.MODE_COLLAPSE]
 
 
 @GAMES
@@ -186,6 +186,33 @@ def test_a_generator_that_starts_at_zero_is_told_of_data_far_larger():
     verdict = judged(*(seen(k, generated=0.0, others=50.0) for k in (1, 2, 3)))
     assert verdict.cause == Cause.INPUTS_NOT_NORMALIZED and "50 and 0 at step 1" in verdict.sentence
     assert verdict.threshold_source == OUR_CHOICE
+
+
+def test_a_generator_that_is_given_one_input_for_all_rows_is_named():
+    one = [seen(k, one_row=True, alike="", asked_for="up") for k in range(1, 5)]
+    assert judged(*one).cause == Cause.MODE_COLLAPSE and judged(*one[:2]).level == "ok"
+    assert judged(seen(1), *one).level == "ok"  # it has made other rows at first
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_one_input_for_all_rows_is_seen_in_a_game(noise):
+    torch.manual_seed(0)
+    game = nn.ModuleDict({"maker": nn.Linear(4, 2), "judge": nn.Linear(2, 1)})
+    steps = {name: torch.optim.SGD(game[name].parameters(), 0.01) for name in game}
+    with diag.watch(game, instruments=["adversarial_losses"]) as watcher:
+        for _ in range(12):
+            z = torch.randn(16, 4) if noise else torch.ones(1, 4).expand(16, 4)
+            x = 2 + torch.randn(16, 2)
+            for name in ("judge", "maker"):
+                game.zero_grad()
+                made = game["judge"](game["maker"](z) if name == "maker" else game["maker"](z).detach())
+                loss = F.softplus(-made).mean()
+                if name == "judge":
+                    loss = F.softplus(made).mean() + F.softplus(-game["judge"](x)).mean()
+                loss.backward()
+                steps[name].step()
+    causes = {f.verdict.cause for f in watcher.run.findings()}
+    assert (Cause.MODE_COLLAPSE in causes) == (not noise)
 
 
 def test_it_is_said_at_how_many_rounds_the_two_opposed_each_other():

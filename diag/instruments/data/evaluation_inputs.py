@@ -24,6 +24,10 @@ FEATURES_APART, FEWEST_FEATURES = 0.5, 4  # of the features, and features
 STANDING_ROWS = 100  # of evaluation
 TOKENS_EVALUATED, MOSTLY_NEW, SELDOM_NEW = 64, 0.5, 0.02
 ONE_NEW = 0.2  # of evaluation's tokens
+HARDLY_ANY = 3  # different ids in all of training
+LOOK_AT_THE_SPLIT = (
+    "Look at how the data was split (by id, where rows were meant?) and at how ids are numbered in both."
+)
 ROWS_OF_LENGTHS, MUCH_SHORTER = 64, 0.75  # rows of a side; longest of evaluation beside training's short ones
 PAIRS_EVALUATED, OFTEN_KNOWN, HALF_AS_OFTEN = 1000, 0.3, 0.5
 
@@ -155,11 +159,14 @@ def _of_tokens(n: NoveltyFacts) -> Iterator[LoopFinding]:
 
 def _new_ids(n: NoveltyFacts) -> Iterator[LoopFinding]:
     if n.tokens >= TOKENS_EVALUATED and n.new >= MOSTLY_NEW and n.expected <= SELDOM_NEW:
+        # Training may show next to nothing of its ids, as where a mask hides them all.
+        hidden = n.counted > 0 and n.distinct <= HARDLY_ANY
+        where = "Look at what training's ids are replaced by: it has hardly any other than"
         yield _differs(
             f"{format_share(n.new)} of the {n.tokens:,} ids of input {n.number} in evaluation were in none of the "
             "batches of training that were looked at, which hardly bring new ones any more: an embedding of them "
             "is as it was initialised.",
-            "Look at how the data was split (by id, where rows were meant?) and at how ids are numbered in both.",
+            f"{where} {n.common}." if hidden else LOOK_AT_THE_SPLIT,
             "Batches of training with these ids.",
         )
 

@@ -41,7 +41,8 @@ def adversarial_losses(
     three looks at which generated rows could be told from the others: the generator asks for the very answer that
     the judge learns for rows like these; the other rows are more than `times` as large as generated ones, and
     large; more than `out_of_reach` of their numbers lie beyond what the generator's last function can give.
-    Besides: the generator's optimizer holds the judge, too; at five looks in a row the generator's loss is flat.
+    Besides: all generated rows are one at each of three looks or more; the generator's optimizer holds the judge,
+    too; at five looks in a row the generator's loss is flat.
     Raises nothing of its own.
     """
     looks = loop.games.looks
@@ -54,11 +55,13 @@ def adversarial_losses(
 
 def _findings(loop: Loop, times: float, out_of_reach: float) -> Iterator[LoopFinding]:
     told = [look for look in loop.games.looks if look.alike and look.asked_for]
+    if len(told) >= THRICE and all(look.alike == look.asked_for for look in told):
+        yield _cooperate(told)
+        return
+    if len(loop.games.looks) >= THRICE and all(look.one_row for look in loop.games.looks):
+        yield _one_row(loop.games.looks)
     if len(told) < THRICE:
         yield from _flat(loop.games.looks)
-        return
-    if all(look.alike == look.asked_for for look in told):
-        yield _cooperate(told)
         return
     opposed = all(look.alike != look.asked_for for look in told)
     shared = _shared(loop)
@@ -137,6 +140,20 @@ def _beyond_reach(told: list[GameLook]) -> LoopFinding:
     )
 
 
+def _one_row(looks: tuple[GameLook, ...]) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.MODE_COLLAPSE,
+        f"The generator makes one row: at each of {len(looks):,} rounds from step {looks[0].step:,} on all rows of "
+        "its batch were the same but for rounding. Its input is the same for all of them, or does not come "
+        "through.",
+        "Give it fresh noise for each row and each step, torch.randn(rows, size), and look at what becomes of it "
+        "in the first layers.",
+        "Generated rows of one batch that differ.",
+        step=looks[0].step,
+    )
+
+
 def _flat(looks: tuple[GameLook, ...]) -> Iterator[LoopFinding]:
     """A generator's loss without slope at several looks in a row, where it has had one."""
     steepest, run = max((look.slope for look in looks), default=0.0), list[GameLook]()
@@ -149,8 +166,9 @@ def _flat(looks: tuple[GameLook, ...]) -> Iterator[LoopFinding]:
                 "The generator's loss is flat where the discriminator puts its rows, so that it learns next to "
                 f"nothing: from step {run[0].step:,} to step {look.step:,} the slope at the discriminator's output "
                 f"was {format_number(look.slope)} or thereabouts, and {format_number(steepest)} at the steepest.",
-                "Use the loss that does not saturate, -log D(G(z)) in place of log(1 - D(G(z))), and train the "
-                "discriminator less.",
+                "Where the loss is log(1 - D(G(z))), use -log D(G(z)), which does not saturate, and train the "
+                "discriminator less. Where it is that already, the discriminator takes generated rows for data: "
+                "look at the labels of its own step.",
                 "A generator that gets better at such a slope.",
                 step=run[0].step,
                 threshold_source=OUR_CHOICE,

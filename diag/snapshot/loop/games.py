@@ -18,7 +18,8 @@ class GameLook:
     generated, others: root mean square of the generated rows and of those of the group that is not alike, NaN
     where not known. slope: the mean size of the loss's derivative by the judge's output on a generated row, times
     the rows. bounded: the function that made the generated rows ("tanh", "sigmoid", "" for none); outside: the
-    share of the numbers of the other group that lie beyond what it can give."""
+    share of the numbers of the other group that lie beyond what it can give. one_row: the generated rows are all
+    the same, but for rounding, and those of another group are not."""
 
     step: int
     alike: str
@@ -28,6 +29,7 @@ class GameLook:
     slope: float
     bounded: str
     outside: float
+    one_row: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from diag.watching.observe.loop.moment import Moment, due
 PASSES_ALWAYS, EVERY_PASS = 10, 16
 PASSES_OF_A_ROUND = 12  # a judge may take several steps to one of the generator
 SETS_KEPT = 4
+FEWEST_ROWS, ROUNDING = 8, 1e-5  # of a batch that may be all alike; of the size of its numbers
 MOST_LEAVES_SEARCHED = 6000  # nodes
 # distance_of_rows from the group that is not alike, and over that from the one that is
 CLEARLY_APART, NEARER = 0.2, 5.0
@@ -109,6 +110,7 @@ class Games:
             slope=slope,
             bounded=bounded,
             outside=other.outside.get(bounded, 0.0) if other is not None else 0.0,
+            one_row=len(inputs) >= FEWEST_ROWS and _is_one_row(made) and not all(map(_is_one_row, groups.values())),
         )
         keep_look(self.looks, look, self._moment, "games")
 
@@ -124,6 +126,10 @@ def _taken(tell: Any, about: tuple[Any, ...], gradients: Any) -> None:
     the hook belongs to one, and a circle of the two would outlive the step."""
     if gradients and isinstance(gradients[0], Tensor):
         safely(tell, *about, gradients[0])
+
+
+def _is_one_row(rows: RowsSeen) -> bool:
+    return bool((rows.deviations <= ROUNDING * max(rows.size, 1e-30)).all())
 
 
 def _alike(made: RowsSeen, groups: Mapping[str, RowsSeen]) -> str:

@@ -152,6 +152,74 @@ def test_another_vocabulary_in_evaluation_is_told_by_its_pairs():
     assert told(walks(0), walks(1), Bag()).level == "ok"
 
 
+def drawings(seed, n=ROWS):
+    """Images of which a part above and to the right is brighter, more or less."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 1, 10, 10, generator=generator)
+    x[:, :, :4, 5:9] += 2 * torch.rand(n, 1, 1, 1, generator=generator) + 1
+    return x
+
+
+MIRRORS = {
+    "left to right": lambda x: x.flip(3),
+    "upside down": lambda x: x.flip(2),
+    "rows for columns": lambda x: x.transpose(2, 3),
+    "left to right and upside down": lambda x: x.flip(2, 3),
+}
+
+
+@pytest.mark.parametrize("way", MIRRORS)
+def test_images_that_are_all_turned_in_one_of_the_two_are_told(way):
+    verdict = told(drawings(0), MIRRORS[way](drawings(1)))
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS and way in verdict.sentence
+
+
+def test_a_mirror_that_is_always_drawn_is_told_beside_one_that_is_drawn_half_of_the_time():
+    half = torch.rand(ROWS, 1, 1, 1, generator=torch.Generator().manual_seed(2)) < 0.5
+    x = drawings(0).flip(3)
+    verdict = told(torch.where(half, x.flip(2), x), drawings(1))
+    assert "(left to right)" in verdict.sentence
+
+
+@pytest.mark.parametrize("axes", [(3,), (2,), (2, 3)])
+def test_augmentation_by_flips_of_half_of_the_rows_is_quiet(axes):
+    half = torch.rand(ROWS, 1, 1, 1, generator=torch.Generator().manual_seed(2)) < 0.5
+    x = drawings(0)
+    assert told(torch.where(half, x.flip(axes), x), drawings(1)).level == "ok"
+
+
+def test_images_of_a_few_rows_that_come_again_are_quiet():
+    few = torch.randn(40, 1, 10, 10, generator=torch.Generator().manual_seed(5))
+    assert told(few.repeat(6, 1, 1, 1), torch.randn(40, 1, 10, 10).repeat(4, 1, 1, 1)).level == "ok"
+
+
+def courses(seed, n=ROWS, length=24):
+    """Sequences of two features, each a walk that comes back."""
+    x = torch.randn(n, length, 2, generator=torch.Generator().manual_seed(seed))
+    for i in range(1, length):
+        x[:, i] = 0.8 * x[:, i - 1] + 0.6 * x[:, i]
+    return x
+
+
+def shuffled(x):
+    order = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)).argsort(1)
+    return x.gather(1, order[:, :, None].expand_as(x))
+
+
+@pytest.mark.parametrize(("training", "turn"), [(True, False), (False, False), (True, True)])
+def test_sequences_that_are_shuffled_within_rows_in_one_of_the_two_are_told(training, turn):
+    x, y = (shuffled(courses(0)), courses(1)) if training else (courses(0), shuffled(courses(1)))
+    x, y = (x.transpose(1, 2), y.transpose(1, 2)) if turn else (x, y)
+    verdict = told(x.contiguous(), y.contiguous())
+    assert verdict.cause == Cause.HELD_OUT_DIFFERS
+    assert f"random in {'training' if training else 'evaluation'} alone" in verdict.sentence
+
+
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x + 0.5 * torch.randn(x.shape), shuffled])
+def test_sequences_in_one_order_are_quiet_with_noise_too(change):
+    assert told(change(courses(0)), courses(1) if change is not shuffled else shuffled(courses(1))).level == "ok"
+
+
 def test_nothing_is_said_without_an_evaluation():
     assert told(torch.randn(ROWS, FEATURES), torch.randn(4, FEATURES)).level == "not_applicable"
 

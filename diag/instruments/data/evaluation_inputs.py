@@ -14,14 +14,14 @@ from diag.instruments.data.held_out_inputs import MEAN_SHIFT, SPREAD_RATIO, inpu
 from diag.instruments.loop.findings import LoopCheck, LoopFinding, judged
 from diag.registry import instrument
 from diag.result import Confidence, Level, Precondition
-from diag.snapshot.loop.evaluated import ColumnFacts, NoveltyFacts
+from diag.snapshot.loop.evaluated import ArrangementFacts, ColumnFacts, NoveltyFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.inputs import InputFacts
 
 SOURCE = "arithmetic of the inputs of calls in training and in evaluation"
 ROWS_OF_EVALUATION = 32
 FEATURES_APART, FEWEST_FEATURES = 0.5, 4  # of the features, and features
-STANDING_ROWS = 100  # of evaluation
+STANDING_ROWS, ROWS_MIRRORED = 100, 128  # of evaluation
 TOKENS_EVALUATED, MOSTLY_NEW, SELDOM_NEW = 64, 0.5, 0.02
 ONE_NEW = 0.2  # of evaluation's tokens
 HARDLY_ANY = 3  # different ids in all of training
@@ -29,6 +29,10 @@ LOOK_AT_THE_SPLIT = (
     "Look at how the data was split (by id, where rows were meant?) and at how ids are numbered in both."
 )
 ROWS_OF_LENGTHS, MUCH_SHORTER = 64, 0.75  # rows of a side; longest of evaluation beside training's short ones
+# Of what a mirror makes negative of a mean image: over its noise, squared; correlation; scale of one in the other.
+CLEAR_IMAGE, MIRRORED, ALL_MIRRORED = 60.0, -0.8, (0.66, 1.5)
+# Of neighbours along an axis: correlation in order and in none (off -1 / n), and numbers of a side.
+IN_ORDER, IN_NO_ORDER, NUMBERS_IN_ORDER = 0.25, 0.05, 4000
 PAIRS_EVALUATED, OFTEN_KNOWN, HALF_AS_OFTEN = 1000, 0.3, 0.5
 
 
@@ -60,7 +64,8 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     embedding: ids of evaluation that are mostly new where training's later batches have hardly any new one, or a
     fifth of which are one new id, rows of which the longest is a quarter shorter than nine in ten of training's,
     and pairs of neighbouring tokens that training had half as often as those of its own new rows, are a warning
-    each.
+    each. So are images that are mirrored or transposed in all rows of one of the two, by their mean images, and
+    sequences in which neighbours along an axis are alike in the one and as in a random order in the other.
 
     Raises nothing of its own.
     """
@@ -74,6 +79,7 @@ def evaluation_inputs(loop: Loop) -> EvaluationInputs:
     findings = list(_of_order(loop.columns)) or list(_turned(loop.columns))
     findings = findings or (list(_of_all_entries(loop.inputs)) if both else [])
     findings = findings or list(_of_columns(loop.columns))
+    findings = findings or list(_of_arrangement(loop.columns.arrangement))
     findings += [f for n in loop.novelty for f in _of_tokens(n)]
     return judged(EvaluationInputs, loop.step, findings, _fine(loop.inputs), preconditions=(seen,))
 
@@ -151,6 +157,33 @@ def _of_columns(c: ColumnFacts) -> Iterator[LoopFinding]:
             "Look at how this column is made for evaluation: it may be filled in, or be known only in training.",
             "Rows of evaluation in which it varies.",
         )
+
+
+def _of_arrangement(a: ArrangementFacts) -> Iterator[LoopFinding]:
+    low, high = ALL_MIRRORED
+    ways = [way for way, scale, alike, clear in a.mirrored
+            if clear >= CLEAR_IMAGE and alike <= MIRRORED and low <= -scale <= high]  # fmt: skip
+    if min(a.rows, a.evaluated) >= ROWS_MIRRORED and ways:
+        yield _differs(
+            f"Images are turned in evaluation: by the mean images of {a.rows:,} rows of training and "
+            f"{a.evaluated:,} of evaluation, the one is the other mirrored or transposed ({named(ways)}) in "
+            "nearly all rows.",
+            "Look at flips and at the order of axes in the transforms of both; a flip that is to make training "
+            "richer is drawn for half of the rows.",
+            "Evaluation is meant to be of mirrored images.",
+        )
+    for axis, ours, theirs, numbers, length in a.order:
+        quiet, loud = sorted((ours + 1 / length, theirs + 1 / length), key=abs)
+        if numbers >= NUMBERS_IN_ORDER and abs(quiet) <= IN_NO_ORDER and abs(loud) >= IN_ORDER:
+            where = "training" if abs(ours + 1 / length) < abs(theirs + 1 / length) else "evaluation"
+            yield _differs(
+                f"The order along axis {axis} of the inputs is random in {where} alone: neighbours are correlated "
+                f"{format_number(ours)} there in training and {format_number(theirs)} in evaluation, within a row "
+                f"of {length:,} places.",
+                "Shuffle rows, not what stands within them: look at the axis of permutations and of reshapes in "
+                "the preparation of both.",
+                "A network for which the order along this axis does not count, as for a set of points.",
+            )
 
 
 def _of_tokens(n: NoveltyFacts) -> Iterator[LoopFinding]:

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ArrangementFacts:
+    """Of images (channels, height, width) or sequences (length, features) that the model is given as its first
+    floating tensor: rows of training and of evaluation that were looked at.
+
+    mirrored: for each way in which images may be mirrored or turned, what that makes negative of training's mean
+    image over the same of evaluation's, the correlation of the two, and by how much the smaller one is larger than
+    its noise (squares). order: for each axis of sequences, 1 or 2, the correlation of neighbours along it within a
+    row, in training and in evaluation (a random order of n gives about -1 / n), the fewest numbers that one of the
+    two was told by, and the length of the axis."""
+
+    rows: int = 0
+    evaluated: int = 0
+    mirrored: tuple[tuple[str, float, float, float], ...] = ()
+    order: tuple[tuple[int, float, float, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -15,7 +32,8 @@ class ColumnFacts:
     standing: columns of a table that are one number in all rows of evaluation (`number`) and another one in most of
     training's, which differ. moved: columns of a table that are in evaluation what another is in training, as
     (place in evaluation, place in training). turned: features that are lopsided in training, and as lopsided to the
-    other side in evaluation (skewness of the first of them: `skews`, training's first), where all that vary are."""
+    other side in evaluation (skewness of the first of them: `skews`, training's first), where all that vary are.
+    arrangement: of what stands where in a row."""
 
     rows: int = 0
     evaluated: int = 0
@@ -28,6 +46,7 @@ class ColumnFacts:
     moved: tuple[tuple[int, int], ...] = ()
     turned: tuple[int, ...] = ()
     skews: tuple[float, ...] = ()
+    arrangement: ArrangementFacts = field(default_factory=ArrangementFacts)
 
 
 @dataclass(frozen=True)

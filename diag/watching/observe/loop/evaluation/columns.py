@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from diag.snapshot.batch import tensors_in
 from diag.snapshot.loop.evaluated import ColumnFacts
+from diag.watching.observe.loop.evaluation.arrangement import Arrangement
 from diag.watching.observe.loop.evaluation.column_order import columns_moved
 from diag.watching.observe.loop.evaluation.turned import turned_over
 from diag.watching.observe.loop.modes import is_dense
@@ -33,6 +35,7 @@ class FeatureColumns:
         self._training: list[Tensor] = []
         self._evaluated: list[Tensor] = []
         self._facts: ColumnFacts | None = ColumnFacts()
+        self._arrangement = Arrangement()
 
     def training_call(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """The model was called in training."""
@@ -42,6 +45,7 @@ class FeatureColumns:
             if full:
                 self._training.pop(0)
             self._training.append(rows)
+            self._arrangement.add(_first(args, kwargs), evaluated=False)
             self._facts = None
 
     def evaluated(self, args: Any, kwargs: Mapping[str, Any], training: bool) -> None:
@@ -52,6 +56,7 @@ class FeatureColumns:
         if rows is not None and rows.shape[1:] == self._training[0].shape[1:]:
             self._evaluated_calls += 1
             self._evaluated.append(rows)
+            self._arrangement.add(_first(args, kwargs), evaluated=True)
             self._facts = None
             self._moment.news(("columns", self._evaluated_calls), "columns")
 
@@ -59,21 +64,27 @@ class FeatureColumns:
         """As plain data."""
         if self._facts is None:
             alike = [t for t in self._training if t.shape[1:] == self._training[-1].shape[1:]]
-            self._facts = columns_apart(torch.cat(alike), torch.cat(self._evaluated)) if self._evaluated else None
+            if self._evaluated:
+                apart = columns_apart(torch.cat(alike), torch.cat(self._evaluated))
+                self._facts = replace(apart, arrangement=self._arrangement.facts())
         return self._facts or ColumnFacts()
 
 
 def rows_by_feature(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first floating tensor of a call as (rows, features, numbers), a part of it where it is large; None where
     it has no features."""
-    tensors = (t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point())
-    t = next(tensors, None)
+    t = _first(args, kwargs)
     if t is None or not t.is_cpu or not is_dense(t) or t.ndim not in (2, 3, 4) or not t.numel():
         return None
-    t = t.detach()[:ROWS_OF_CALL]
     t = t.unsqueeze(2) if t.ndim == 2 else t.transpose(1, 2) if t.ndim == 3 else t.flatten(2)
     t = t[:, :FEATURES_KEPT, :: max(1, math.ceil(t.shape[2] / NUMBERS_OF_CHANNEL))]
     return t.float().clone() if t.ndim == 3 and bool(t.isfinite().all()) else None
+
+
+def _first(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first rows of the first floating tensor of a call, as they are."""
+    t = next((t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point()), None)
+    return t if t is None or not t.ndim else t.detach()[:ROWS_OF_CALL]
 
 
 def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:

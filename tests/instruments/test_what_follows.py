@@ -300,3 +300,27 @@ def test_a_gradient_of_zero_at_all_steps_at_which_it_was_read_is_told_with_their
     norms[:, 1] = numpy.nan  # never read, so that nothing is known
     unread = dataclasses.replace(history, gradient_norm=norms)
     assert "exactly zero" not in diag.gradient_flow(history=unread).verdict().sentence
+
+
+@pytest.mark.parametrize(("filled", "rate", "first"), [
+    (True, 0.02, Cause.MISSING_VALUES_FILLED), (False, 20.0, Cause.LEARNING_RATE_TOO_HIGH), (True, 1e-14, "")
+])  # fmt: skip
+def test_steps_that_a_code_for_missing_values_makes_large_follow_from_it(filled, rate, first):
+    torch.manual_seed(0)
+    rows = torch.randn(300, 6)
+    targets = rows[:, :1].clone()
+    if filled:
+        for feature in (2, 5):
+            rows[torch.rand(300) < 0.4, feature] = -9999.0
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    with diag.watch(model, instruments=["input_scale", "step_size"]) as watcher:
+        for _ in range(40):
+            batch = torch.randint(0, 300, (32,))
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(rows[batch]), targets[batch]).backward()
+            optimizer.step()
+    told = watcher.run.stories()
+    assert told[0].finding.verdict.cause == (first or Cause.MISSING_VALUES_FILLED)
+    too_high = [c.verdict.cause for c in told[0].consequences]
+    assert too_high == ([Cause.LEARNING_RATE_TOO_HIGH] if filled and first else [])

@@ -64,8 +64,8 @@ class InitialLoss(Result):
             confidence=Confidence.ARITHMETIC,
             refutation="With a last layer that starts at zero the training goes no better.",
             cause=Cause.INITIAL_LOSS_HIGH,
-            explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.INITIALIZATION_SCALE, Cause.LOSS_SUMMED,
-                          Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES, Cause.UNDERFITTING),
+            explained_by=(Cause.INPUTS_NOT_NORMALIZED, Cause.MISSING_VALUES_FILLED, Cause.INITIALIZATION_SCALE,
+                          Cause.LOSS_SUMMED, Cause.TARGETS_SHIFTED, Cause.LOSS_TERM_DOMINATES, Cause.UNDERFITTING),
             step=self.first_step,
         )  # fmt: skip
 

@@ -152,7 +152,7 @@ def test_another_vocabulary_in_evaluation_is_told_by_its_pairs():
     assert told(walks(0), walks(1), Bag()).level == "ok"
 
 
-def drawings(seed, n=ROWS):
+def drawings(seed, n=512):
     """Images of which a part above and to the right is brighter, more or less."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 1, 10, 10, generator=generator)
@@ -175,7 +175,7 @@ def test_images_that_are_all_turned_in_one_of_the_two_are_told(way):
 
 
 def test_a_mirror_that_is_always_drawn_is_told_beside_one_that_is_drawn_half_of_the_time():
-    half = torch.rand(ROWS, 1, 1, 1, generator=torch.Generator().manual_seed(2)) < 0.5
+    half = torch.rand(512, 1, 1, 1, generator=torch.Generator().manual_seed(2)) < 0.5
     x = drawings(0).flip(3)
     verdict = told(torch.where(half, x.flip(2), x), drawings(1))
     assert "(left to right)" in verdict.sentence
@@ -183,7 +183,7 @@ def test_a_mirror_that_is_always_drawn_is_told_beside_one_that_is_drawn_half_of_
 
 @pytest.mark.parametrize("axes", [(3,), (2,), (2, 3)])
 def test_augmentation_by_flips_of_half_of_the_rows_is_quiet(axes):
-    half = torch.rand(ROWS, 1, 1, 1, generator=torch.Generator().manual_seed(2)) < 0.5
+    half = torch.rand(512, 1, 1, 1, generator=torch.Generator().manual_seed(2)) < 0.5
     x = drawings(0)
     assert told(torch.where(half, x.flip(axes), x), drawings(1)).level == "ok"
 

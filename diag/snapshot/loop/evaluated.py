@@ -11,11 +11,11 @@ class ArrangementFacts:
     """Of images (channels, height, width) or sequences (length, features) that the model is given as its first
     floating tensor: rows of training and of evaluation that were looked at.
 
-    mirrored: for each way in which images may be mirrored or turned, what that makes negative of training's mean
-    image over the same of evaluation's, the correlation of the two, and by how much the smaller one is larger than
-    its noise (squares). order: for each axis of sequences, 1 or 2, the correlation of neighbours along it within a
-    row, in training and in evaluation (a random order of n gives about -1 / n), the fewest numbers that one of the
-    two was told by, and the length of the axis."""
+    mirrored: for each way in which images may be mirrored or turned, what that makes negative of the moments of
+    training's pixels (which are bright together) over the same of evaluation's, the correlation of the two, and by
+    how much the smaller one is larger than its noise (squares). order: for each axis of sequences, 1 or 2, the
+    correlation of neighbours along it within a row, in training and in evaluation (a random order of n gives about
+    -1 / n), the fewest numbers that one of the two was told by, and the length of the axis."""
 
     rows: int = 0
     evaluated: int = 0

@@ -1,8 +1,9 @@
 """Whether the numbers of an input stand in one arrangement in training and in evaluation: images that are mirrored
 or turned in all rows of one of the two, sequences whose order is random in one.
 
-Sums over the rows are kept. The part of the mean image that a mirror turns into its negative has the same sign in
-both where both are as they are, the opposite one where all rows of one are mirrored, and is small where half are.
+Sums over the rows are kept: of images, how often two pixels are bright together. The part of these moments that a
+mirror turns into its negative has the same sign in both sides where both are as they are, the opposite one where
+all rows of one are mirrored, and is small where half are, as by augmentation.
 """
 
 from __future__ import annotations
@@ -16,33 +17,35 @@ from torch import Tensor
 
 from diag.snapshot.loop.evaluated import ArrangementFacts
 
-IMAGE_SIDE = 16  # pixels, to which images are averaged
+IMAGE_SIDE = 8  # pixels, to which images are averaged
 SHORTEST_ORDER = 8  # places along an axis
-WAYS = {"left to right": (3,), "upside down": (2,)}
-TURNED = "rows for columns"
-CALLS_TOLD_APART = 64  # evaluations come again with the same rows
+MOST_ROWS = 1024
+PIXELS = torch.arange(IMAGE_SIDE**2).view(IMAGE_SIDE, IMAGE_SIDE)
+MIRRORS = {"left to right": PIXELS.flip(1).flatten(), "upside down": PIXELS.flip(0).flatten()}
+TURNED, TRANSPOSED = "rows for columns", PIXELS.T.flatten()
 
 
 class _Sums:
-    """Of the rows of one side: sums of the pixels, and of products of neighbours along each axis of sequences."""
+    """Of the rows of one side that differ: moments of pixels, and products of neighbours along each axis of
+    sequences."""
 
     def __init__(self) -> None:
         self.rows = 0
-        self.image = self.squares = torch.zeros(())
+        self.moments = self.squares = torch.zeros(())
         self.neighbours: dict[int, list[float]] = {}
-        self._known: set[bytes] = set()
+        self._known: set[int] = set()
 
-    def add(self, t: Tensor) -> None:
-        """These rows, (rows, channels, height, width) or (rows, length, features), if they are new."""
-        mark = t[0].contiguous().numpy().tobytes()
-        if mark in self._known or len(self._known) > CALLS_TOLD_APART:
+    def add(self, t: Tensor, shift: float) -> None:
+        """These rows, (rows, channels, height, width) or (rows, length, features), where they are new."""
+        marks = [hash(row.numpy().tobytes()) for row in t.contiguous()]
+        fresh = [i for i, mark in enumerate(marks) if mark not in self._known]
+        if not fresh or self.rows >= MOST_ROWS:
             return
-        self._known.add(mark)
-        self.rows += len(t)
+        self._known.update(marks)
+        self.rows, t = self.rows + len(fresh), t[fresh]
         if t.ndim == 4:
-            height, width = (min(side, IMAGE_SIDE) for side in t.shape[2:])
-            small = F.adaptive_avg_pool2d(t, (height, width)).double()
-            self.image, self.squares = self.image + small.sum(0), self.squares + small.square().sum(0)
+            z = F.adaptive_avg_pool2d(t.mean(1, keepdim=True), IMAGE_SIDE).flatten(1).double() - shift
+            self.moments, self.squares = self.moments + z.T @ z, self.squares + z.square().T @ z.square()
         else:
             for axis in (1, 2):
                 self._add_neighbours(t.double(), axis)
@@ -59,15 +62,15 @@ class _Sums:
 
 
 class _Part(NamedTuple):
-    """The part of a mean image that a way of turning it makes negative, and the variance of its noise, summed."""
+    """The part of the moments that a way of turning images makes negative, and the variance of its noise."""
 
-    image: Tensor
+    moments: Tensor
     noise: float
 
     @property
     def signal(self) -> float:
         """Its size over that of its noise."""
-        return float(self.image.square().sum()) / self.noise if self.noise > 0 else 0.0
+        return float(self.moments.square().sum()) / self.noise if self.noise > 0 else 0.0
 
 
 class Arrangement:
@@ -75,6 +78,7 @@ class Arrangement:
 
     def __init__(self) -> None:
         self._shape: tuple[int, ...] = ()
+        self._shift = 0.0
         self._training, self._evaluated = _Sums(), _Sums()
 
     def add(self, t: Tensor | None, evaluated: bool) -> None:
@@ -82,8 +86,10 @@ class Arrangement:
         shape = tuple(t.shape[1:]) if t is not None else ()
         if t is None or t.ndim not in (3, 4) or (self._shape and shape != self._shape):
             return
-        self._shape = shape
-        (self._evaluated if evaluated else self._training).add(t.float())
+        if not self._shape:
+            self._shape, self._shift = shape, float(t.double().mean())
+        if min(shape[1:]) >= IMAGE_SIDE or len(shape) == 2:
+            (self._evaluated if evaluated else self._training).add(t.float(), self._shift)
 
     def facts(self) -> ArrangementFacts:
         """As plain data."""
@@ -92,44 +98,38 @@ class Arrangement:
             return ArrangementFacts()
         about: dict[str, Any] = {"rows": own.rows, "evaluated": other.rows}
         if len(self._shape) == 3:
-            return ArrangementFacts(**about, mirrored=tuple(_ways(own, other)))
+            return ArrangementFacts(**about, mirrored=tuple(_ways(own, other, self._shape)))
         return ArrangementFacts(**about, order=tuple(_orders(own, other, self._shape)))
 
 
-def _ways(own: _Sums, other: _Sums) -> list[tuple[str, float, float, float]]:
+def _ways(own: _Sums, other: _Sums, shape: tuple[int, ...]) -> list[tuple[str, float, float, float]]:
     """For each way: the scale of training's part in evaluation's, their correlation, the smaller of the signals."""
-    found = []
-    for way, axes in WAYS.items():
-        parts = [_mirrored(side, axes) for side in (own, other)]
-        found.append((way, *_compared(*parts)))
-    if own.image.shape[1] == own.image.shape[2]:
-        found.append((TURNED, *_compared(*(_transposed(side) for side in (own, other)))))
-    return found
+    ways = [(way, _mirrored(own, way), _mirrored(other, way)) for way in MIRRORS]
+    if shape[1] == shape[2]:
+        ways.append((TURNED, _odd(*_means(own), TRANSPOSED), _odd(*_means(other), TRANSPOSED)))
+    return [(way, *_compared(here, there)) for way, here, there in ways]
 
 
-def _mean(side: _Sums) -> tuple[Tensor, Tensor]:
-    """The mean image and the variance of its pixels' means."""
-    mean = side.image / side.rows
-    return mean, (side.squares / side.rows - mean.square()).clamp_min(0) / side.rows
+def _means(side: _Sums) -> tuple[Tensor, float]:
+    """The moments, (pixels, pixels), and the variance of their noise, summed."""
+    moments = side.moments / side.rows
+    return moments, float((side.squares / side.rows - moments.square()).clamp_min(0).sum()) / side.rows
 
 
-def _mirrored(side: _Sums, axes: tuple[int, ...]) -> _Part:
-    """What a mirror makes negative, after the other axis was made even: it may be mirrored, too."""
-    mean, variance = _mean(side)
-    axis = [a - 1 for a in axes]
-    across = [3 - a for a in axis]
-    odd = (mean - mean.flip(axis)) / 2
-    return _Part((odd + odd.flip(across)) / 2, float(variance.sum()) / 4)
+def _odd(moments: Tensor, noise: float, order: Tensor) -> _Part:
+    return _Part((moments - moments[order][:, order]) / 2, noise / 2)
 
 
-def _transposed(side: _Sums) -> _Part:
-    mean, variance = _mean(side)
-    return _Part((mean - mean.transpose(1, 2)) / 2, float(variance.sum()) / 2)
+def _mirrored(side: _Sums, way: str) -> _Part:
+    """What a mirror makes negative, after the other one was made to change nothing: its flips are drawn apart."""
+    part = _odd(*_means(side), MIRRORS[way])
+    across = next(order for other, order in MIRRORS.items() if other != way)
+    return _Part((part.moments + part.moments[across][:, across]) / 2, part.noise / 2)
 
 
 def _compared(own: _Part, other: _Part) -> tuple[float, float, float]:
-    product = float((own.image * other.image).sum())
-    sizes = float(own.image.square().sum()), float(other.image.square().sum())
+    product = float((own.moments * other.moments).sum())
+    sizes = float(own.moments.square().sum()), float(other.moments.square().sum())
     if not min(sizes) > 0:
         return math.nan, math.nan, 0.0
     return product / sizes[1], product / math.sqrt(sizes[0] * sizes[1]), min(own.signal, other.signal)

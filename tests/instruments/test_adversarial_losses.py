@@ -62,6 +62,15 @@ def wants_more(out):
     return -out.mean()
 
 
+def by_one_label(judge, real, fake, swap):
+    (bce(judge(real), ONE) + bce(judge(fake), ONE)).backward()
+
+
+def by_one_label_in_two_passes(judge, real, fake, swap):
+    bce(judge(real), ONE).backward()
+    bce(judge(fake), ONE).backward()
+
+
 GAMES = pytest.mark.parametrize(
     "judging, wants",
     [(by_two_calls, wants_the_label), (by_one_batch, wants_the_label), (by_two_passes, wants_the_label),
@@ -104,6 +113,23 @@ def test_a_game_is_fine(judging, wants):
 def test_a_generator_that_makes_one_point_is_told_from_the_data(swap):
     findings = told(steps=60, dead=True, swap=swap).findings
     assert [f.verdict.cause for f in findings] == [Cause.NETWORKS_COOPERATE if swap else Cause.MODE_COLLAPSE]
+
+
+@pytest.mark.parametrize("judging", [by_one_label, by_one_label_in_two_passes])
+def test_a_judge_that_is_asked_for_one_answer_is_named(judging):
+    (finding,) = told(judging).findings
+    assert finding.verdict.cause == Cause.NETWORKS_COOPERATE
+    assert "one answer whatever it sees" in finding.verdict.sentence
+
+
+def test_rows_that_cannot_be_told_apart_and_a_hinge_that_is_met_have_no_one_answer():
+    """Data like what the generator makes; a judge that asks nothing of the data any more."""
+    assert not told(by_one_label, center=0.0).findings
+
+    def on_generated_rows_alone(judge, real, fake, swap):
+        (F.relu(-1e6 - judge(real)).mean() + F.relu(1e6 + judge(fake)).mean()).backward()
+
+    assert not told(on_generated_rows_alone, wants_more).findings
 
 
 @GAMES

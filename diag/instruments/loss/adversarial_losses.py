@@ -39,8 +39,9 @@ def adversarial_losses(
 
     loop: the facts of the loop, with what either asks of the judge's output. Findings, each at all of at least
     three looks at which generated rows could be told from the others: the generator asks for the very answer that
-    the judge learns for rows like these; the other rows are more than `times` as large as generated ones, and
-    large; more than `out_of_reach` of their numbers lie beyond what the generator's last function can give.
+    the judge learns for rows like these; the judge is asked for one answer on all rows; the other rows are more
+    than `times` as large as generated ones, and large; more than `out_of_reach` of their numbers lie beyond what
+    the generator's last function can give.
     Besides: all generated rows are one at each of three looks or more; the generator's optimizer holds the judge,
     too; at five looks in a row the generator's loss is flat.
     Raises nothing of its own.
@@ -60,6 +61,10 @@ def _findings(loop: Loop, times: float, out_of_reach: float) -> Iterator[LoopFin
         return
     if len(loop.games.looks) >= THRICE and all(look.one_row for look in loop.games.looks):
         yield _one_row(loop.games.looks)
+    same = [look for look in loop.games.looks if look.one_answer]
+    if len(same) >= THRICE and not told:
+        yield _one_answer(same)
+        return
     if len(told) < THRICE:
         yield from _flat(loop.games.looks)
         return
@@ -72,6 +77,19 @@ def _findings(loop: Loop, times: float, out_of_reach: float) -> Iterator[LoopFin
     if all(look.outside > out_of_reach for look in told):
         yield _beyond_reach(told)
     yield from _flat(loop.games.looks)
+
+
+def _one_answer(same: list[GameLook]) -> LoopFinding:
+    return LoopFinding(
+        Level.ALARM,
+        Cause.NETWORKS_COOPERATE,
+        "The discriminator is asked for one answer whatever it sees: at all "
+        f"{len(same):,} rounds at which the two kinds of rows could be told apart its loss moves its output in the "
+        "same direction on generated rows and on the others, so that it learns nothing of the difference.",
+        "Give generated rows one label and the data the other one in the discriminator's step.",
+        "Two directions in which the discriminator's loss moves its outputs.",
+        step=same[0].step,
+    )
 
 
 def _shared(loop: Loop) -> int:

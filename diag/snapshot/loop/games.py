@@ -19,7 +19,9 @@ class GameLook:
     where not known. slope: the mean size of the loss's derivative by the judge's output on a generated row, times
     the rows. bounded: the function that made the generated rows ("tanh", "sigmoid", "" for none); outside: the
     share of the numbers of the other group that lie beyond what it can give. one_row: the generated rows are all
-    the same, but for rounding, and those of another group are not."""
+    the same, but for rounding, and those of another group are not. one_answer: the direction that the judge's own
+    backward passes ask for on all rows, where these came in several calls of it, of which one had the generated
+    rows and another one did not; "" where that is not so, or not clear."""
 
     step: int
     alike: str
@@ -30,6 +32,7 @@ class GameLook:
     bounded: str
     outside: float
     one_row: bool = False
+    one_answer: str = ""
 
 
 @dataclass(frozen=True)

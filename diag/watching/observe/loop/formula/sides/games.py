@@ -49,6 +49,7 @@ class Games:
         self._judge: frozenset[int] | None = None
         self._both: frozenset[int] = frozenset()
         self._groups: dict[str, RowsSeen] = {}
+        self._calls: list[tuple[str, RowsSeen]] = []  # of the judge: the direction on all rows, "" for no one
         self.looks: list[GameLook] = []
 
     def backward_called(self, root: Any) -> None:
@@ -85,8 +86,10 @@ class Games:
 
     def _judging(self, inputs: Tensor, pull: Tensor) -> None:
         """The judge's own pass has come to its output."""
-        for name, rows in split_by_direction(inputs, pull).items():
+        groups = split_by_direction(inputs, pull)
+        for name, rows in groups.items():
             self._groups[name] = rows_seen(rows)
+        self._calls.append((next(iter(groups)) if len(groups) == 1 else "", rows_seen(inputs)))
 
     def _making(self, calls: list[JudgedCall]) -> None:
         """The generator's pass begins."""
@@ -96,6 +99,7 @@ class Games:
 
     def _made(self, inputs: Tensor, bounded: str, pull: Tensor) -> None:
         groups, self._groups, self._open = self._groups, {}, 0
+        calls, self._calls = self._calls, []
         if len(pull) != len(inputs):
             return
         made, (asked_for, slope) = rows_seen(inputs), direction_of_pull(pull)
@@ -111,6 +115,7 @@ class Games:
             bounded=bounded,
             outside=other.outside.get(bounded, 0.0) if other is not None else 0.0,
             one_row=len(inputs) >= FEWEST_ROWS and _is_one_row(made) and not all(map(_is_one_row, groups.values())),
+            one_answer=_one_answer(made, calls),
         )
         keep_look(self.looks, look, self._moment, "games")
 
@@ -132,10 +137,22 @@ def _is_one_row(rows: RowsSeen) -> bool:
     return bool((rows.deviations <= ROUNDING * max(rows.size, 1e-30)).all())
 
 
+def _one_answer(made: RowsSeen, calls: list[tuple[str, RowsSeen]]) -> str:
+    """The direction of all calls of the judge, where one had rows like the generated ones and another one had not."""
+    directions = {direction for direction, _ in calls}
+    if len(calls) < 2 or len(directions) > 1:
+        return ""
+    distances = sorted(distance_of_rows(made, rows) for _, rows in calls)
+    return directions.pop() if _clearly(distances[0], distances[-1]) else ""
+
+
+def _clearly(near: float, far: float) -> bool:
+    return far > CLEARLY_APART and near * NEARER < far
+
+
 def _alike(made: RowsSeen, groups: Mapping[str, RowsSeen]) -> str:
     """Which of the two groups is like the generated rows, where the other one is not."""
     if set(groups) != {"up", "down"}:
         return ""
     near, far = sorted(groups, key=lambda name: distance_of_rows(made, groups[name]))
-    a, b = distance_of_rows(made, groups[near]), distance_of_rows(made, groups[far])
-    return near if b > CLEARLY_APART and a * NEARER < b else ""
+    return near if _clearly(distance_of_rows(made, groups[near]), distance_of_rows(made, groups[far])) else ""

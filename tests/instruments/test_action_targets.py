@@ -133,6 +133,7 @@ def test_the_discount_is_read_from_rows_of_one_reward_and_not_from_numbers_that_
     assert discount_in(rewards + 0.97 * values * ~ends, values) == pytest.approx(0.97, rel=1e-6)
     assert numpy.isnan(discount_in(rng.normal(size=64), values))
     assert numpy.isnan(discount_in(rng.normal(size=64) + 0.97 * values, values))
+    assert numpy.isnan(discount_in(values, values))
     assert numpy.isnan(discount_in(numpy.zeros(4), numpy.arange(4.0)))
     assert numpy.isnan(discount_in(numpy.full(64, numpy.nan), values))
 

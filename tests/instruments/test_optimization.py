@@ -15,6 +15,7 @@ from torch import nn
 import diag
 from diag.instruments.causes import Cause
 from diag.instruments.optimization.course import median, travel
+from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import StartingWeight
 
@@ -123,6 +124,17 @@ def test_a_loss_that_is_nan_to_the_end_says_since_when():
     losses[:] = numpy.concatenate([falling(40), numpy.full(10, 90.0), [math.nan] * 10])
     told = diag.divergence(history=record(losses)).verdict().sentence
     assert "5 times that since step 43 and is no finite number since step 51." in told
+
+
+def test_the_size_of_a_policy_gradient_is_not_called_a_divergence():
+    """Its critic is asked for the returns of a policy that changes: the loss grows in trainings that work."""
+    losses = numpy.concatenate([numpy.ones(10), numpy.full(90, 50.0)])
+    look = PolicyLook(1, math.nan, 0.9, 0.01, True, True, 1.0, True)
+    history, loop = record(losses), Loop(100, policy=PolicyFacts((look,)))
+    assert diag.divergence(history=history).verdict().level == "alarm"
+    assert diag.divergence(history=history, loop=loop).verdict().level == "unknown"
+    losses[40:] = math.nan
+    assert diag.divergence(history=record(losses), loop=loop).verdict().level != "ok"
 
 
 def test_momentum_is_named_where_it_is_high():

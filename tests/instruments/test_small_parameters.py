@@ -47,3 +47,16 @@ def test_a_matrix_without_one_may_be_what_nothing_is_learned_for():
 
 def test_nothing_that_fails_to_be_learned_is_put_down_to_a_vector():
     assert Cause.VECTOR_UNTRAINED not in EXPLAINED_BY and Cause.VECTOR_UNTRAINED not in WHAT_ELSE
+
+
+def test_the_bias_of_one_output_cancels_in_a_loss_of_differences():
+    """As of a critic: its gradient is zero by arithmetic, and nothing is wrong with the layer."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(critic.parameters(), 0.01)
+    with diag.watch(critic, instruments=["gradient_flow"]) as watcher:
+        for _ in range(40):
+            optimizer.zero_grad()
+            (critic(torch.randn(16, 6)).mean() - critic(1 + torch.randn(16, 6)).mean()).backward()
+            optimizer.step()
+    assert not watcher.findings

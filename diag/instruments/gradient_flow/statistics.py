@@ -70,13 +70,15 @@ def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
 
 
 def idle_layers(history: History) -> tuple[str, ...]:
-    """The layers whose gradient was zero at every step at which it was read, of `FEWEST_READ` or all."""
+    """The layers whose gradient was zero at every step at which it was read, of `FEWEST_READ` or all; a single number
+    is none: the bias of one output cancels in a loss of differences, as of a critic or a ranking."""
     norms = [part.gradient_norm for part in parts(history)]
     read = numpy.sum([(~numpy.isnan(n)).sum(0) for n in norms], 0)
     zero = numpy.sum([(n == 0).sum(0) for n in norms], 0)
     finite = numpy.logical_and.reduce([part.gradient_finite.all(0) for part in parts(history)])
     idle = finite & (zero == read) & (read >= min(FEWEST_READ, max(len(history), 1)))
-    return tuple(name for name, always in zip(history.layers, idle, strict=True) if always)
+    several = numpy.asarray(history.sizes) > 1
+    return tuple(name for name, always in zip(history.layers, idle & several, strict=True) if always)
 
 
 def unseen_layers(history: History) -> tuple[str, ...]:

@@ -54,6 +54,7 @@ class Divergence(Result):
     sides: int = measured("optimizers that descend losses of their own", remark="0: there is one loss", default=0)
     steeper: bool = measured("gradients are many times as large as the first", default=True)
     in_turn: int = measured("loss functions of which each step descends one", remark="0: one", default=0)
+    of_policy: bool = measured("it holds a policy gradient, whose size measures nothing", default=False)
     fell_at: int = measured("the step from which it was further below zero than any loss before", default=0)
     steps: NDArray[numpy.int64] = measured("the steps shown", shape="(steps,)")
     losses: NDArray[numpy.float64] = measured("their losses", shape="(steps,)")
@@ -63,6 +64,8 @@ class Divergence(Result):
             return self._of_a_game()
         if self.in_turn and math.isfinite(self.last):
             return self._of_losses_in_turn()
+        if self.of_policy and math.isfinite(self.last):
+            return self._of_policy()
         if self.fell_at:
             return self._fell()
         if not self.first > 0:
@@ -99,6 +102,16 @@ class Divergence(Result):
             Level.UNKNOWN,
             f"Whether the loss diverged cannot be told: steps of this loop descend {self.in_turn} different loss "
             "functions, one each, and the last losses may be of another one than the first.",
+            source=SOURCE,
+        )
+
+    def _of_policy(self) -> Verdict:
+        """A critic is asked for the returns of a policy that changes, and the rest says nothing of how good it is."""
+        return Verdict(
+            Level.UNKNOWN,
+            f"Whether the training diverged cannot be told by the loss of a policy gradient: it began at "
+            f"{format_number(self.first)} and is at {format_number(self.last)}, and neither is a measure of the "
+            "return.",
             source=SOURCE,
         )
 
@@ -184,9 +197,9 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
     """Whether the loss left for good: it stays above `times` its first value, or is no longer finite.
 
     history: the record of a watched run; loop: whether several optimizers descend losses of their own (the two
-    sides of a game), or steps different loss functions, where only a loss that is not finite is judged; and
-    whether the targets spread in the course of training, as values do that it learns itself, where a loss far
-    below their variance is not judged. Judged on
+    sides of a game), steps different loss functions, or the loss a policy gradient, where only a loss that is not
+    finite is judged; and whether the targets spread in the course of training, as values do that it learns itself,
+    where a loss far below their variance is not judged. Judged on
     the median of the last five losses, so that a single bad batch is not called divergence; a loss that begins at
     zero or below is not judged. A loss that falls to a thousand times its first size below zero has no lower bound
     where the gradient grows thirtyfold, or where one optimizer alone lowers it as fast as before: that is an alarm
@@ -213,6 +226,7 @@ def divergence(history: History, loop: Loop | None = None, *, times: Times = LOS
         spread=spread_of_moving_targets(loop),
         sides=0 if loop is None else len(loop.sides),
         in_turn=0 if loop is None else loop.losses_in_turn,
+        of_policy=loop is not None and bool(loop.policy.looks),
         fell_at=fell_at,
         steeper=steeper,
         fell_to=fell_to,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of
 from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
+from diag.watching.observe.loop.formula.clipped_policy import log_probabilities_clipped
 from diag.watching.observe.loop.formula.parts import Summand, depends
 from diag.watching.observe.loop.formula.reader import Reader
 from diag.watching.observe.loop.formula.rollout import Rollout
@@ -49,6 +50,7 @@ class Policies(Reader[PolicyLook]):
 def policy_look(parts: list[Summand], step: int, rollout: Rollout | None = None) -> PolicyLook | None:
     """What the parts say of a policy; None where they hold neither log-probabilities nor an entropy. rollout: the
     calls since the last backward pass."""
+    parts = [log_probabilities_clipped(p) for p in parts]
     actions = [p for p in parts if p.factors and _is_log_probability(p)]
     entropies = [p for p in parts if _is_entropy(p)]
     if not actions and not entropies:

@@ -70,8 +70,8 @@ def norm_at_start(history: History, weights: NDArray[numpy.bool_]) -> float:
 
 
 def idle_layers(history: History) -> tuple[str, ...]:
-    """The layers whose gradient was zero at every step at which it was read, of `FEWEST_READ` or all; a single number
-    is none: the bias of one output cancels in a loss of differences, as of a critic or a ranking."""
+    """The layers whose gradient was zero at every step at which it was read, of `FEWEST_READ` or all; a single
+    number is none: the bias of one output cancels in a loss of differences, as of a critic or a ranking."""
     norms = [part.gradient_norm for part in parts(history)]
     read = numpy.sum([(~numpy.isnan(n)).sum(0) for n in norms], 0)
     zero = numpy.sum([(n == 0).sum(0) for n in norms], 0)

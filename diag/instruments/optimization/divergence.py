@@ -106,7 +106,7 @@ class Divergence(Result):
         )
 
     def _of_policy(self) -> Verdict:
-        """A critic is asked for the returns of a policy that changes, and the rest says nothing of how good it is."""
+        """A critic is asked for the returns of a policy that changes; the rest says nothing of how good it is."""
         return Verdict(
             Level.UNKNOWN,
             f"Whether the training diverged cannot be told by the loss of a policy gradient: it began at "

@@ -1,8 +1,8 @@
-"""The clipped objective of proximal policy optimization (Schulman et al. 2017) as parts of a loss: the smaller of the
-ratio times the advantage and the clipped ratio times the advantage, entry by entry.
+"""The clipped objective of proximal policy optimization (Schulman et al. 2017) as parts of a loss: the smaller of
+the ratio times the advantage and the clipped ratio times the advantage, entry by entry.
 
-Its derivative by the log-probability of an action is the ratio times the advantage wherever it is not clipped, which
-is what it is taken to be everywhere: of the sign, and of the better and worse actions, that tells the same.
+Its derivative by the log-probability of an action is the ratio times the advantage wherever it is not clipped,
+which is what it is taken to be everywhere: of the sign, and of the better and worse actions, that tells the same.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def discount_in(targets: Float64s, values: Float64s) -> float:
     if len(pairs) < LEAST_ROWS or not numpy.isfinite(pairs).all():
         return math.nan
     v, y = pairs.T
-    if float(numpy.abs(y - v).max()) <= ROUNDING * float(numpy.abs(pairs).max()):
+    if float(numpy.abs(y - v).max()) <= ROUNDING_OF_NEXT * float(numpy.abs(pairs).max()):
         return math.nan  # the values themselves, as in a distillation: no reward is in them
     one, other = numpy.triu_indices(len(v), 1)
     apart = v[one] - v[other]

@@ -138,7 +138,7 @@ def _is_one_row(rows: RowsSeen) -> bool:
 
 
 def _one_answer(made: RowsSeen, calls: list[tuple[str, RowsSeen]]) -> str:
-    """The direction of all calls of the judge, where one had rows like the generated ones and another one had not."""
+    """The direction of all calls of the judge, where one had rows like the generated ones and another had not."""
     directions = {direction for direction, _ in calls}
     if len(calls) < 2 or len(directions) > 1:
         return ""

@@ -164,13 +164,14 @@ def _of_arrangement(a: ArrangementFacts) -> Iterator[LoopFinding]:
     low, high = ALL_MIRRORED
     ways = [way for way, scale, alike, clear in a.mirrored
             if clear >= CLEAR_IMAGE and alike <= MIRRORED and low <= -scale <= high]  # fmt: skip
-    # Turned by 180 degrees, some images are transposed ones, too.
-    ways = [way for way in ways if way in MIRRORS] or ways
+    # Turned by 180 degrees, some images look like transposed ones, too.
+    mirrors, others = named([w for w in ways if w in MIRRORS]), named([w for w in ways if w not in MIRRORS])
     if min(a.rows, a.evaluated) >= ROWS_MIRRORED and ways:
         yield _differs(
-            f"Images of training and of evaluation are turned against each other ({named(ways)}): by which pixels "
-            f"are bright together, in {a.rows:,} rows of training and {a.evaluated:,} of evaluation, the one is "
-            "the other mirrored or transposed, in most rows.",
+            "Images of training and of evaluation are turned against each other "
+            f"({' or '.join(filter(None, (mirrors, others)))}): by which pixels are bright together, in {a.rows:,} "
+            f"rows of training and {a.evaluated:,} of evaluation, the one is the other mirrored or transposed, in "
+            "most rows.",
             "Look at flips and at the order of axes in the transforms of both; a flip that is to make training "
             "richer is drawn for half of the rows.",
             "Evaluation is meant to be of mirrored images.",

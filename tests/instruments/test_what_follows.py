@@ -49,6 +49,18 @@ def test_two_steps_are_enough_where_the_loss_is_lost_by_then(ratio, level):
 
 
 @pytest.mark.parametrize(
+    ("kind", "rate", "may"), [("Adam", 1e-3, True), ("Adam", 0.1, False), ("Muon", 1e-3, False)]
+)
+def test_large_steps_at_a_usual_rate_may_follow_from_axes_taken_for_one_another(kind, rate, may):
+    history = record(numpy.concatenate([numpy.ones(50), numpy.full(50, 20.0)]), 0.5)
+    rates = numpy.full_like(history.learning_rate, rate)
+    history = dataclasses.replace(history, optimizer=dict(history.optimizer) | {"kind": kind}, learning_rate=rates)
+    verdict = diag.step_size(history=history).verdict()
+    assert verdict.cause == Cause.LEARNING_RATE_TOO_HIGH
+    assert (Cause.EXAMPLES_MIXED in verdict.explained_by) == may
+
+
+@pytest.mark.parametrize(
     ("kind", "rate", "outputs_finite", "operation", "told"),
     [
         ("SGD", 0.1, True, "the logarithm of zero", False),

@@ -51,7 +51,8 @@ def test_statistics_that_hardly_move_and_do_not_fit(momentum, size, step, cause)
     ("momentum", "size", "batches", "told"),
     [
         (0.0, 8.0, 100, True),
-        (0.0, 8.0, 10, False),  # it is early
+        (0.0, 8.0, 3, False),  # it is early
+        (0.0, 8.0, 10, True),
         (0.0, 1.7, 100, False),  # of the size that they began with
         (0.1, 8.0, 100, False),
     ],

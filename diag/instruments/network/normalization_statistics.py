@@ -27,7 +27,7 @@ MEANS_APART = 1.25  # running standard deviations
 # Steps from which on so much of the running statistics may no longer be their start. With torch's own momentum a
 # thousandth is left after 66, with one of 0.01 half after 69.
 SLOW = ((30, 0.9), (100, 0.5))
-UNMOVED_BATCHES = 30  # after which statistics that are exactly those of the start are not followed at all
+UNMOVED_BATCHES = 5  # any momentum moves them from exactly 0 and 1 with the first one
 UNMOVED_VARIANCE, UNMOVED_MEAN = 1.5, 0.5  # a factor, and standard deviations: evaluation is another network then
 
 
@@ -43,7 +43,7 @@ class NormalizationStatistics(Result):
     shifted: str = measured("the layer whose running mean fits what enters it the least", default="")
     shift: float = measured("distance of its means over the running standard deviation, the median", default=0.0)
     shifted_batches: int = measured("batches that it has seen", default=0)
-    unmoved: str = measured("a layer whose running statistics are exactly 0 and 1 after many batches", default="")
+    unmoved: str = measured("a layer whose running statistics are exactly 0 and 1 after some batches", default="")
     unmoved_layers: int = measured("how many such layers there are", default=0)
     unmoved_batches: int = measured("batches that it has seen", default=0)
     unmoved_factor: float = measured("variance of what enters it, or the inverse, the median channel", default=1.0)
@@ -181,7 +181,7 @@ def normalization_statistics(
     (`diag.snapshot.inside.normalization`). A warning where the variance is more than `factor` off in the worst
     layer and its running statistics are to nine tenths at step 30, or to half at step 100, what they began with, or
     with a momentum of a half or more; where statistics that stand still lie far from what enters; and where they
-    are exactly mean 0 and variance 1 after 30 batches and what enters has a variance 1.5 times or a mean half a
+    are exactly mean 0 and variance 1 after 5 batches and what enters has a variance 1.5 times or a mean half a
     standard deviation off. Raises nothing of its own.
     """
     shifted = max(running_statistics, key=lambda s: s.shift, default=None)

@@ -13,7 +13,7 @@ from diag.instruments.causes import Cause
 from diag.snapshot.loop.arithmetic import ActionFacts, ActionLook
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.network import CopyFacts
-from diag.watching.observe.loop.formula.next_values import discount_in, settled_in
+from diag.watching.observe.loop.formula.rewards.next_values import discount_in, settled_in
 
 N, STATES, A = 32, 20, 3
 STEPS = 210

@@ -9,8 +9,8 @@ import diag
 from diag.instruments.causes import Cause
 from diag.snapshot.loop.arithmetic import ActionFacts, ActionLook
 from diag.snapshot.loop.facts import Loop
-from diag.watching.observe.loop.formula.actions import picked_in
 from diag.watching.observe.loop.formula.parts import parts_of
+from diag.watching.observe.loop.formula.rewards.actions import picked_in
 
 N, D, A = 32, 5, 3
 

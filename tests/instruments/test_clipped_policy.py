@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import diag
 from diag.instruments.causes import Cause
-from diag.watching.observe.loop.formula.clipped_policy import log_probabilities_clipped
 from diag.watching.observe.loop.formula.parts import parts_of
+from diag.watching.observe.loop.formula.rewards.clipped_policy import log_probabilities_clipped
 
 N, D, A = 64, 5, 3
 

@@ -14,7 +14,7 @@ from diag.instruments.causes import Cause
 from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
 from diag.snapshot.loop.facts import Loop
 from diag.watching.observe.loop.formula.parts import parts_of
-from diag.watching.observe.loop.formula.policy import policy_look
+from diag.watching.observe.loop.formula.rewards.policy import policy_look
 
 N, D, A = 48, 4, 3
 

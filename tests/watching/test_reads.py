@@ -11,9 +11,9 @@ from diag.snapshot.loop.data import BatchFacts
 from diag.snapshot.loop.facts import Loop
 from diag.snapshot.loop.rows import RowFacts
 from diag.watching.measure.reads import Reads
-from diag.watching.observe.loop.formula.actions import Actions
 from diag.watching.observe.loop.formula.latents import Latents
-from diag.watching.observe.loop.formula.policy import Policies
+from diag.watching.observe.loop.formula.rewards.actions import Actions
+from diag.watching.observe.loop.formula.rewards.policy import Policies
 from diag.watching.observe.loop.formula.sides.contrast import Contrasts
 
 FIRST = Loop(step=1, calls=1, batches=BatchFacts(calls=1))

@@ -19,10 +19,10 @@ from diag.snapshot.loop.evaluated import ArrangementFacts
 
 IMAGE_SIDE = 8  # pixels, to which images are averaged
 SHORTEST_ORDER = 8  # places along an axis
-MOST_ROWS = 1024
+ROWS_ARRANGED = 1024
 PIXELS = torch.arange(IMAGE_SIDE**2).view(IMAGE_SIDE, IMAGE_SIDE)
-MIRRORS = {"left to right": PIXELS.flip(1).flatten(), "upside down": PIXELS.flip(0).flatten()}
-TURNED, TRANSPOSED = "rows for columns", PIXELS.T.flatten()
+MIRRORED_PIXELS = {"left to right": PIXELS.flip(1).flatten(), "upside down": PIXELS.flip(0).flatten()}
+ROWS_FOR_COLUMNS, TRANSPOSED_PIXELS = "rows for columns", PIXELS.T.flatten()
 
 
 class _Sums:
@@ -39,7 +39,7 @@ class _Sums:
         """These rows, (rows, channels, height, width) or (rows, length, features), where they are new."""
         marks = [hash(row.numpy().tobytes()) for row in t.contiguous()]
         fresh = [i for i, mark in enumerate(marks) if mark not in self._known]
-        if not fresh or self.rows >= MOST_ROWS:
+        if not fresh or self.rows >= ROWS_ARRANGED:
             return
         self._known.update(marks)
         self.rows, t = self.rows + len(fresh), t[fresh]
@@ -104,9 +104,11 @@ class Arrangement:
 
 def _ways(own: _Sums, other: _Sums, shape: tuple[int, ...]) -> list[tuple[str, float, float, float]]:
     """For each way: the scale of training's part in evaluation's, their correlation, the smaller of the signals."""
-    ways = [(way, _mirrored(own, way), _mirrored(other, way)) for way in MIRRORS]
+    ways = [(way, _mirrored(own, way), _mirrored(other, way)) for way in MIRRORED_PIXELS]
     if shape[1] == shape[2]:
-        ways.append((TURNED, _odd(*_means(own), TRANSPOSED), _odd(*_means(other), TRANSPOSED)))
+        ways.append(
+            (ROWS_FOR_COLUMNS, _odd(*_means(own), TRANSPOSED_PIXELS), _odd(*_means(other), TRANSPOSED_PIXELS))
+        )
     return [(way, *_compared(here, there)) for way, here, there in ways]
 
 
@@ -122,8 +124,8 @@ def _odd(moments: Tensor, noise: float, order: Tensor) -> _Part:
 
 def _mirrored(side: _Sums, way: str) -> _Part:
     """What a mirror makes negative, after the other one was made to change nothing: its flips are drawn apart."""
-    part = _odd(*_means(side), MIRRORS[way])
-    across = next(order for other, order in MIRRORS.items() if other != way)
+    part = _odd(*_means(side), MIRRORED_PIXELS[way])
+    across = next(order for other, order in MIRRORED_PIXELS.items() if other != way)
     return _Part((part.moments + part.moments[across][:, across]) / 2, part.noise / 2)
 
 

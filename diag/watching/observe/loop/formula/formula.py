@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from diag.snapshot.objective.loss_spy import input_and_target
-from diag.watching.observe.loop.formula.actions import Actions
 from diag.watching.observe.loop.formula.arithmetic import Arithmetic
 from diag.watching.observe.loop.formula.domains import Domains
 from diag.watching.observe.loop.formula.latents import Latents
-from diag.watching.observe.loop.formula.next_values import NextValues
 from diag.watching.observe.loop.formula.oddities import Oddities
 from diag.watching.observe.loop.formula.parts import parts_of
-from diag.watching.observe.loop.formula.policy import Policies
-from diag.watching.observe.loop.formula.rollout import Rollout
+from diag.watching.observe.loop.formula.rewards.actions import Actions
+from diag.watching.observe.loop.formula.rewards.next_values import NextValues
+from diag.watching.observe.loop.formula.rewards.policy import Policies
+from diag.watching.observe.loop.formula.rewards.rollout import Rollout
 from diag.watching.observe.loop.formula.sides.contrast import Contrasts
 from diag.watching.observe.loop.formula.sides.games import Games
 from diag.watching.observe.loop.moment import Moment

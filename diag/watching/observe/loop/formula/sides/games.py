@@ -33,7 +33,7 @@ from diag.watching.observe.loop.moment import Moment, due
 PASSES_ALWAYS, EVERY_PASS = 10, 16
 PASSES_OF_A_ROUND = 12  # a judge may take several steps to one of the generator
 SETS_KEPT = 4
-FEWEST_ROWS, ROUNDING = 8, 1e-5  # of a batch that may be all alike; of the size of its numbers
+FEWEST_ROWS_OF_A_GAME, ROUNDING_OF_A_ROW = 8, 1e-5  # of a batch that may be all alike; of the size of its numbers
 MOST_LEAVES_SEARCHED = 6000  # nodes
 # distance_of_rows from the group that is not alike, and over that from the one that is
 CLEARLY_APART, NEARER = 0.2, 5.0
@@ -114,7 +114,9 @@ class Games:
             slope=slope,
             bounded=bounded,
             outside=other.outside.get(bounded, 0.0) if other is not None else 0.0,
-            one_row=len(inputs) >= FEWEST_ROWS and _is_one_row(made) and not all(map(_is_one_row, groups.values())),
+            one_row=len(inputs) >= FEWEST_ROWS_OF_A_GAME
+            and _is_one_row(made)
+            and not all(map(_is_one_row, groups.values())),
             one_answer=_one_answer(made, calls),
         )
         keep_look(self.looks, look, self._moment, "games")
@@ -134,7 +136,7 @@ def _taken(tell: Any, about: tuple[Any, ...], gradients: Any) -> None:
 
 
 def _is_one_row(rows: RowsSeen) -> bool:
-    return bool((rows.deviations <= ROUNDING * max(rows.size, 1e-30)).all())
+    return bool((rows.deviations <= ROUNDING_OF_A_ROW * max(rows.size, 1e-30)).all())
 
 
 def _one_answer(made: RowsSeen, calls: list[tuple[str, RowsSeen]]) -> str:

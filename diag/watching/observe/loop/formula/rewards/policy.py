@@ -16,10 +16,10 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of
 from diag.snapshot.loop.arithmetic import PolicyFacts, PolicyLook
-from diag.watching.observe.loop.formula.clipped_policy import log_probabilities_clipped
 from diag.watching.observe.loop.formula.parts import Summand, depends
 from diag.watching.observe.loop.formula.reader import Reader
-from diag.watching.observe.loop.formula.rollout import Rollout
+from diag.watching.observe.loop.formula.rewards.clipped_policy import log_probabilities_clipped
+from diag.watching.observe.loop.formula.rewards.rollout import Rollout
 from diag.watching.observe.loop.losses import MADE_BY
 from diag.watching.observe.loop.moment import Moment
 

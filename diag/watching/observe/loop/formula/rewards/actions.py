@@ -12,7 +12,9 @@ from torch import Tensor
 
 from diag.snapshot.autograd_graph import PASSING_ON, first_arguments, kind_of, nodes_before, parents_of, signed
 from diag.snapshot.loop.arithmetic import ActionFacts, ActionLook
-from diag.watching.observe.loop.formula.next_values import (
+from diag.watching.observe.loop.formula.parts import Summand, given_shape
+from diag.watching.observe.loop.formula.reader import Reader
+from diag.watching.observe.loop.formula.rewards.next_values import (
     MODEL,
     NEXT_ROWS_COMPARED,
     NextValues,
@@ -20,9 +22,7 @@ from diag.watching.observe.loop.formula.next_values import (
     settled_in,
     values_of_next,
 )
-from diag.watching.observe.loop.formula.parts import Summand, given_shape
-from diag.watching.observe.loop.formula.reader import Reader
-from diag.watching.observe.loop.formula.rollout import Rollout
+from diag.watching.observe.loop.formula.rewards.rollout import Rollout
 from diag.watching.observe.loop.moment import Moment
 
 COMPARING = ("MseLoss", "SmoothL1Loss", "HuberLoss", "L1Loss")

@@ -79,7 +79,7 @@ def _idle(flow: RecordedFlow) -> Verdict | None:
         f"The gradient of {len(flow.idle_layers):,} of {len(flow.layers):,} parameter tensors was exactly zero "
         f"{_span(flow, flow.gradients_seen)}: {named(flow.idle_layers)}.",
         advice="Check that these layers take part in the loss: dead ReLUs, a zero factor in front of a branch, "
-        "or labels that mask it leave a layer without a gradient.",
+        "labels that mask it, or gradients too small for half precision leave a layer without a gradient.",
         source="arithmetic",
         confidence=Confidence.ARITHMETIC,
         refutation="A single step on other data with a gradient other than zero in these tensors.",

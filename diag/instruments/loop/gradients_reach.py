@@ -146,11 +146,20 @@ def _unchanged(
         cause,
         f"{layers_named(parameters) if whole_layers else parameters_named(names)} {verb} {how}, so {have} "
         f"not changed in {counted(loop.step, 'step')}.",
-        f"Use {them} in forward(), or take {them} out of the model.",
+        _what_to_do(them, all(p.called is None for p in parameters)),
         f"A gradient of {them} that is not None after backward().",
         step=1 if _never(parameters) else None,
         layers=names,
     )
+
+
+def _what_to_do(them: str, unknown: bool) -> str:
+    """unknown: whether they are used is not known, as of a part of the model that is called by itself."""
+    use = f"use {them} in forward(), or take {them} out of the model."
+    if not unknown:
+        return use.capitalize()
+    takes_part = "they take" if them == "them" else "it takes"
+    return f"Where {takes_part} part, look for detach(), torch.no_grad() or an argmax behind {them}; else {use}"
 
 
 def _is_vector(p: ParameterFacts) -> bool:

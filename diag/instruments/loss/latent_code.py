@@ -142,7 +142,7 @@ def _collapsed(first: LatentLook, last: LatentLook) -> LoopFinding:
         "The latent code no longer differs between examples, as it did at the start, so that the decoder does "
         f"without it (posterior collapse): {_empty(last)}.{weight}",
         "Raise the factor of the KL divergence from zero over the first epochs, or leave each latent some nats "
-        "free; weaken a decoder that can do without the code.",
+        "free; weaken a decoder that can do without the code; see that each target is that of its input.",
         "Reconstructions that differ between rows.",
         step=first.step,
         threshold_source=OUR_CHOICE,

@@ -112,9 +112,9 @@ def _zeroed(f: AskedFacts) -> LoopFinding:
     return LoopFinding(
         Level.WARNING,
         Cause.OUTPUT_RANGE,
-        f"{format_share(f.zeros)} or more of the logits that {f.function} gets are exactly zero: dropout or a mask "
-        "acts on what the network puts out.",
-        "Put dropout before the last layer, not after it.",
+        f"{format_share(f.zeros)} or more of the logits that {f.function} gets are exactly zero, as where "
+        "dropout, a mask or a ReLU acts on what the network puts out.",
+        "Put dropout before the last layer, not after it, and take a ReLU behind it away.",
         "Logits that are set to zero on purpose.",
         step=f.first_step,
     )

@@ -65,6 +65,20 @@ def test_tags_that_are_shifted_or_reversed_are_told_with_the_place(change, cause
     assert said in verdict.sentence
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_tags_of_other_rows_share_by_chance_what_is_not_called_a_shift(seed):
+    """Longer rows of many tokens share much with any tags over few places, most at those farthest away."""
+    generator = torch.Generator().manual_seed(seed)
+    looks = []
+    for _ in range(3):
+        x = torch.randint(1, 100, (24, 12), generator=generator).sort(1).values  # what comes late is a large number
+        y = (x // 20).roll(5, 0)
+        looks.append(TokensAsked(x, y, torch.ones_like(x, dtype=torch.bool)))
+    facts = facts_of(looks)
+    assert facts.best < 0.1 * facts.entropy
+    assert places_match(Loop(step=10, sequences=facts)).verdict().level == "ok"
+
+
 def test_padding_at_opposite_ends_is_an_alarm():
     facts, verdict = verdict_of(lambda y: y, left=True)
     assert facts.opposite == facts.padded > 60

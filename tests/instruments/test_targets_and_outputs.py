@@ -16,7 +16,7 @@ import diag
 from diag.instruments.causes import Cause
 from diag.instruments.loss.output_range import lowest_loss
 from diag.snapshot.loop.asked import AskedFacts
-from diag.watching.observe.loop.data.asked import affine_features
+from diag.watching.observe.loop.data.asked import affine_features, uncounted
 from diag.watching.observe.loop.data.bounds import bounded_by
 
 WATCHED = ["target_values", "output_range", "constant_answer"]
@@ -97,6 +97,19 @@ def test_copies_against_a_dense_correlation():
     assert affine_features(x, y).tolist() == numpy.flatnonzero(abs(dense) > 1 - 1e-6).tolist() == [2]
     x[:, 3] = 5.0  # a constant feature gives nothing away
     assert affine_features(x, torch.ones(64)).tolist() == []
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_class_of_one_row_follows_from_no_feature(rows):
+    """As the rows' own numbers, which a contrastive loss asks for: some rare feature is of one row alone."""
+    x, y = torch.zeros(48, 200, dtype=torch.float64), torch.arange(48) // rows
+    x[:rows, 7] = 1.0
+    assert affine_features(x, y).tolist() == ([] if rows == 1 else [7])
+
+
+def test_the_class_that_is_ignored_may_weigh_nothing():
+    weights = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    assert uncounted(weights, 0) == (2,) and uncounted(weights, -100) == (0, 2) and uncounted(None, 0) == ()
 
 
 # All targets alike, two classes very unequal

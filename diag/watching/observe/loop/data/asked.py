@@ -31,7 +31,7 @@ INPUTS_LOOKED_AT = 6  # calls whose inputs are compared with their targets, then
 TOLD_AFTER = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24)  # looks at a function that are news
 FUNCTIONS_FOLLOWED = 8
 TARGETS_READ, WIDEST_EXAMPLE = 1 << 14, 1 << 12  # numbers of a call that are read; and of an example
-FEWEST_ROWS = 8
+FEWEST_ROWS, ROWS_OF_A_CLASS = 8, 3
 FIRST_TARGETS = 3  # calls
 ROUNDING_OF_CORRELATION = 1e-6  # how far from one it may be to be told from none
 
@@ -173,14 +173,16 @@ def same_numbers(prediction: Tensor, target: Tensor) -> bool:
 
 def affine_features(inputs: Tensor, target: Tensor) -> Tensor:
     """The features (columns) of the inputs (n, d) of which the targets (n,) are an affine function: for class
-    numbers, of which one class against the others is."""
+    numbers, of which one class against the others is. A class of one or two rows proves nothing: among many
+    features some are zero on all other rows."""
     none = torch.zeros(0, dtype=torch.int64)
     if target.is_floating_point():
         responses = target.double().unsqueeze(1)
     else:
-        classes = target.unique()
+        classes, counts = target.unique(return_counts=True)
         if not 2 <= len(classes) <= 64:
             return none
+        classes = classes[(counts >= ROWS_OF_A_CLASS) & (counts <= len(target) - ROWS_OF_A_CLASS)]
         responses = torch.cat([(target[:, None] == classes).double(), target.double().unsqueeze(1)], 1)
     x, y = inputs - inputs.mean(0), responses - responses.mean(0)
     enough = (y != 0).any(0)
@@ -231,7 +233,7 @@ def _facts(k: _Kind) -> AskedFacts:
         zeros=min((float(z) for z in k.given_zeros), default=0.0),
         spread_first=_spread(k.numbers[:FIRST_TARGETS]),
         spread_last=_spread(k.numbers[-1:]) if k.looked > FIRST_TARGETS else math.nan,
-        uncounted=uncounted(k.weights),
+        uncounted=uncounted(k.weights, k.ignored),
         counts=dict(sorted(k.counts.items())),
         of_sequences=k.of_sequences,
         from_data=0 < k.loaded == k.from_data,
@@ -244,9 +246,11 @@ def _spread(numbers: list[Tensor]) -> float:
     return float(all_of.std()) if len(all_of) >= FEWEST_ROWS else math.nan
 
 
-def uncounted(weights: Tensor | None) -> tuple[int, ...]:
-    """The classes with a weight of zero."""
-    return () if weights is None or weights.ndim != 1 else tuple((weights == 0).nonzero().flatten().tolist())
+def uncounted(weights: Tensor | None, ignored: int) -> tuple[int, ...]:
+    """The classes with a weight of zero, but for the one that the loss ignores."""
+    if weights is None or weights.ndim != 1:
+        return ()
+    return tuple(c for c in (weights == 0).nonzero().flatten().tolist() if c != ignored)
 
 
 def _constant_loss(k: _Kind, numbers: Tensor, binary: bool) -> tuple[float, float]:

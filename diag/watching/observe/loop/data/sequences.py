@@ -104,6 +104,7 @@ def facts_of(looks: list[TokensAsked]) -> SequenceFacts:
     others = [(_information(kept, s, False), s, False) for s in range(-PLACES_AWAY, PLACES_AWAY + 1) if s]
     others.append((_information(kept, 0, True), 0, True))
     best, shift, backwards = max(others, key=lambda found: found[0].shared)
+    by_chance = max(_information([_other_rows(k) for k in kept], shift, backwards).shared, 0.0)
     padded, opposite = (sum(n) for n in zip(*(_opposite(look) for look in looks), strict=True))
     filled, filled_class = _filled(looks)
     return SequenceFacts(
@@ -111,7 +112,7 @@ def facts_of(looks: list[TokensAsked]) -> SequenceFacts:
         places=places,
         entropy=own.classes,
         here=own.shared,
-        best=best.shared,
+        best=best.shared - by_chance,
         tokens_entropy=best.tokens,
         shift=shift,
         reversed=backwards,
@@ -145,6 +146,13 @@ def _information(looks: list[TokensAsked], shift: int, backwards: bool) -> _Shar
     used = [int((x > 0).sum()) for x in cells]
     bias = (used[0] - used[1] - used[2] + 1) / (2 * len(classes))  # Miller 1955
     return _Shared(of_classes, of_tokens, of_tokens + of_classes - joint - bias)
+
+
+def _other_rows(look: TokensAsked) -> TokensAsked:
+    """Each row's tokens with the classes of the row before: what these share is chance, or of the place alone."""
+    if len(look.classes) < 2:
+        return look._replace(counts=torch.zeros_like(look.counts))
+    return look._replace(classes=look.classes.roll(1, 0), counts=look.counts & look.counts.roll(1, 0))
 
 
 def _pairs(look: TokensAsked, shift: int, backwards: bool) -> tuple[Tensor, Tensor]:

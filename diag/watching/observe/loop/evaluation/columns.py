@@ -74,7 +74,7 @@ def rows_by_feature(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The first floating tensor of a call as (rows, features, numbers), a part of it where it is large; None where
     it has no features."""
     t = _first(args, kwargs)
-    if t is None or not t.is_cpu or not is_dense(t) or t.ndim not in (2, 3, 4) or not t.numel():
+    if t is None or not t.is_cpu or t.ndim not in (2, 3, 4) or not t.numel():
         return None
     t = t.unsqueeze(2) if t.ndim == 2 else t.transpose(1, 2) if t.ndim == 3 else t.flatten(2)
     t = t[:, :FEATURES_KEPT, :: max(1, math.ceil(t.shape[2] / NUMBERS_OF_CHANNEL))]
@@ -82,9 +82,11 @@ def rows_by_feature(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _first(args: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first rows of the first floating tensor of a call, as they are."""
+    """The first rows of the first floating tensor of a call, as they are; None where it is sparse or the like."""
     t = next((t for t in tensors_in((args, dict(kwargs))) if t.is_floating_point()), None)
-    return t if t is None or not t.ndim else t.detach()[:ROWS_OF_CALL]
+    if t is None or not is_dense(t):
+        return None
+    return t.detach()[:ROWS_OF_CALL] if t.ndim else t
 
 
 def columns_apart(training: Tensor, evaluated: Tensor) -> ColumnFacts:

@@ -190,9 +190,8 @@ class TrainingListener(Guarded):
         if self._own_step.names:
             self._runner.own_step_descends()
         self._within(FACTS_OF_LOOP, self._loop.root_seen, roots)
-        if self._moment.attentive and not is_spread(
-            roots
-        ):  # what such a loss is made of lies on other processes too
+        # What a loss is made of that is spread over processes lies on others, too.
+        if self._moment.attentive and not any(map(is_spread, tensors_in(roots))):
             self._within(FACTS_OF_LOOP, self._loop.backward_called, roots)
 
     @guarded("loss")

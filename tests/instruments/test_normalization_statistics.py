@@ -1,5 +1,7 @@
 """Running statistics that hardly move are told where they do not fit; measured against the data's own variance."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,8 @@ def test_statistics_that_never_move_are_told(momentum, size, batches, told):
     verdict = NormalizationStatistics.trend([(batches, result)])
     assert (verdict.cause == Cause.NORMALIZATION_STATISTICS_BAD) == told
     assert ("never move" in verdict.sentence) == told
+    off = r"variance \S+ times as large or as small\.|means that are \S+ away from 0\."
+    assert bool(re.search(off, verdict.sentence)) == told
 
 
 def test_pretrained_statistics_that_are_kept_by_a_momentum_of_zero_are_left_alone():

@@ -4,7 +4,7 @@ and whether the numbers that it is compared with come from where they should."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diag.display import format_number, format_share
@@ -152,10 +152,10 @@ def _settled(looks: list[ActionLook]) -> Iterator[LoopFinding]:
     )
 
 
-def _never_synchronised(traced: Iterable[ActionLook], loop: Loop) -> Iterator[LoopFinding]:
+def _never_synchronised(traced: list[ActionLook], loop: Loop) -> Iterator[LoopFinding]:
     sources = {look.copy for look in traced}
     still = [c for c in loop.copies if {c.number} == sources and not c.changes and c.looks >= THRICE]
-    if not still or loop.step - loop.resumed < STEPS_OF_A_TARGET or len(list(traced)) < THRICE:
+    if not still or loop.step - loop.resumed < STEPS_OF_A_TARGET or len(traced) < THRICE:
         return
     yield LoopFinding(
         Level.WARNING,

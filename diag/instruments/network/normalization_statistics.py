@@ -86,16 +86,16 @@ class NormalizationStatistics(Result):
     def _unmoved(self) -> Verdict:
         of_variance = self.unmoved_factor > UNMOVED_VARIANCE
         off = (
-            f"a variance {format_number(self.unmoved_factor)} times off"
+            f"a variance {format_number(self.unmoved_factor)} times as large or as small"
             if of_variance
-            else f"means {format_number(self.unmoved_shift)} off"
+            else f"means that are {format_number(self.unmoved_shift)} away from 0"
         )
         others = self.unmoved_layers - 1
         layers = f"{layer_called(self.unmoved)}{f' and {others:,} more' if others else ''}"
         return self._bad(
             f"Running statistics never move: after {self.unmoved_batches:,} batches those of {layers} are exactly "
             f"mean 0 and variance 1, and what enters {layer_called(self.unmoved)} has {off}. Training normalises "
-            "each batch, and eval mode nothing.",
+            "each batch; in eval mode nothing is normalised.",
             "Give batch normalisation a momentum above zero (torch's own is 0.1, the share of the new batch), and "
             "look for what resets the statistics.",
             self.unmoved,

@@ -81,9 +81,8 @@ class LossObserver:
         self._foreign = ""  # why the last call of the model is none to learn from
         self._pending: Pass | None = None
         self._called = self._reached = self._unheard = False
-        self._roots: list[
-            Any
-        ] = []  # graph nodes of the pass that goes on, where it may reach what is not listened to
+        # Graph nodes of the pass that goes on, where it may reach what is not listened to.
+        self._roots: list[Any] = []
         self._passes: list[Pass] = []
         self.closely = False  # whether the calls of this step are kept whole, since its gradients are read
         self.seen: SeenBackward | None = None  # of the last backward pass of such a step

@@ -37,9 +37,11 @@ class _Sums:
 
     def add(self, t: Tensor, shift: float) -> None:
         """These rows, (rows, channels, height, width) or (rows, length, features), where they are new."""
+        if self.rows >= ROWS_ARRANGED:
+            return
         marks = [hash(row.numpy().tobytes()) for row in t.contiguous()]
         fresh = [i for i, mark in enumerate(marks) if mark not in self._known]
-        if not fresh or self.rows >= ROWS_ARRANGED:
+        if not fresh:
             return
         self._known.update(marks)
         self.rows, t = self.rows + len(fresh), t[fresh]
